@@ -1,0 +1,394 @@
+"""Checkpoints that are whole or are not there: written in the background, checked before they are believed.
+
+A folder of them looks like this; a step's folder appears by one rename, after its manifest::
+
+    checkpoints/
+      1200/  manifest.json  state/   the manifest holds the size and SHA-256 of every file under state/
+      1500/  ...
+      best -> 1200                   by a metric, never deleted by the retention
+      900.damaged/                   what a restore has found damaged and set aside
+      tmp.1800/                      being written, or left by a crash: the next start removes it
+
+Orbax writes ``state/`` as a flat mapping from names such as ``params/encoder/kernel`` to arrays. The structure around
+the leaves (dataclasses, named tuples, None, empty containers) is the target's, which therefore always fits.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from dreamer4.errors import UserError
+
+FORMAT = 1
+FOLDER = "checkpoints"
+Which = int | Literal["latest", "best"]
+
+_MANIFEST = "manifest.json"
+_STATE = "state"
+_BEST = "best"
+_TEMPORARY = "tmp."
+_DAMAGED = ".damaged"
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run, kept in ``folder``: the newest ``keep`` and the best.
+
+    One process at a time may own a folder (``run_folder.RunFolder`` sees to that). With several hosts every one of
+    them makes the same calls, on a file system that they share; the first writes the manifest and renames.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3):
+        if keep < 1:
+            raise UserError(f"checkpoints to keep: {keep} asked, at least 1 is needed")
+        self._folder, self._keep = folder, keep
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        # One thread: its queue is the order of the saves, and Python waits for it before it exits.
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        logging.getLogger("absl").addFilter(_not_a_traceback_of_orbax)
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(_TEMPORARY + "*"):
+                _remove(leftover)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(
+        self, step: int, state: PyTree, metrics: Mapping[str, float], config: dict[str, Any], best: str | None = None
+    ) -> None:
+        """Copies ``state`` to the host, so that the next step may donate it, and writes it in the background.
+
+        ``best`` names the metric by which ``checkpoints/best`` is chosen, higher being better; with a leading ``-``,
+        lower. A checkpoint of the same step is replaced. Raises UserError where this save cannot start or the one
+        before it failed; what was saved earlier stays as it was.
+        """
+        self.wait()
+        arrays = _named_leaves(state)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "metrics": {name: float(v) if math.isfinite(v) else None for name, v in metrics.items()},
+            "config": config,
+            "leaves": {name: _describe(leaf) for name, leaf in arrays.items()},
+        }
+        temporary = self._folder / f"{_TEMPORARY}{step}"
+        try:
+            if jax.process_index() == 0:
+                temporary.mkdir(parents=True)
+            self._checkpointer.save((temporary / _STATE).absolute(), args=ocp.args.PyTreeSave(arrays))
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._pending = self._writer.submit(self._finish, step, manifest, best)
+
+    def wait(self) -> None:
+        """Returns when the last save is on the disk under its name; raises UserError if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits as ``wait`` does, and ends the threads; no save may follow."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            self._checkpointer.close()
+
+    def latest(self) -> int | None:
+        """The newest step, or None in a folder that never held a checkpoint.
+
+        Raises UserError where there are damaged checkpoints alone: starting afresh there is for the user to decide.
+        """
+        self.wait()
+        if steps := _steps(self._folder):
+            return steps[0]
+        if damaged := sorted(path.name for path in self._folder.glob("*" + _DAMAGED + "*")):
+            raise UserError(
+                f"{self._folder}: every checkpoint is damaged ({', '.join(damaged)}); "
+                "put one back, or start afresh in another run folder"
+            )
+        return None
+
+    def restore(self, target: PyTree, step: Which = "latest") -> tuple[PyTree, dict[str, Any]]:
+        """The state saved at ``step``, with its manifest (``step``, ``metrics``, ``config``, ...).
+
+        ``target`` has the structure of the state, of ``jax.ShapeDtypeStruct`` or arrays; each leaf is placed by the
+        target's ``sharding``, or on the default device where it has none. "best" is the newest where no best was
+        chosen. Every file is checked first. A damaged checkpoint is named in a warning, renamed to ``STEP.damaged``,
+        and the one before it is used, unless ``step`` is a number. Raises UserError where no checkpoint is sound or
+        its leaves are not the target's.
+        """
+        self.wait()
+        chosen = _first_sound(self._folder, step, set_aside=True) if jax.process_index() == 0 else 0
+        if jax.process_count() > 1:
+            chosen = multihost_utils.broadcast_one_to_all(np.int32(chosen))
+        folder = self._folder / str(chosen)
+        manifest = _read_manifest(folder)
+        wanted = _named_leaves(target)
+        _check_leaves(folder, manifest["leaves"], {name: _describe(leaf) for name, leaf in wanted.items()})
+        arrays = _read(folder, {name: _restore_args(leaf) for name, leaf in wanted.items()})
+        return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted]), manifest
+
+    def _finish(self, step: int, manifest: dict[str, Any], best: str | None) -> None:
+        temporary = self._folder / f"{_TEMPORARY}{step}"
+        try:
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                _seal(temporary, manifest)
+                final = self._folder / str(step)
+                if final.exists():
+                    _remove(_rename(final, self._folder / f"{_TEMPORARY}{step}.replaced"))
+                _rename(temporary, final)
+                if best is not None:
+                    _link_best(self._folder, best)
+                self._retain()
+        except Exception as error:
+            raise self._failure(step, error) from error
+
+    def _retain(self) -> None:
+        best = _best_step(self._folder)
+        for step in _steps(self._folder)[self._keep :]:
+            if step != best:
+                # Renamed first: a half deleted checkpoint must not look like a damaged one.
+                _remove(_rename(self._folder / str(step), self._folder / f"{_TEMPORARY}{step}.old"))
+
+    def _failure(self, step: int, error: Exception) -> UserError:
+        if jax.process_index() == 0:
+            _remove(self._folder / f"{_TEMPORARY}{step}")
+        steps = _steps(self._folder)
+        left = f"the last good one is {steps[0]}" if steps else "there is none before it"
+        # Tensorstore tells the whole way to a failed write; its last words are the reason.
+        reason = "".join(str(error).rpartition("Failed ")[1:])
+        return UserError(f"{self._folder}: the checkpoint of step {step} could not be written ({reason}); {left}")
+
+
+def restore_params(
+    run: Path, which: Which = "best", parts: Sequence[str] = ("params",)
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters of another run, as nested dicts of numpy arrays, and that run's configuration.
+
+    ``run`` is the run's folder, which is only read. ``parts`` are names of the state's fields; the first that the
+    checkpoint holds is taken, so ``("ema", "params")`` prefers the averages. The choice of the checkpoint is that of
+    ``Checkpoints.restore``, except that a damaged one is passed over where it lies. Raises UserError where there is no
+    sound checkpoint or it holds none of the parts.
+    """
+    folder = run / FOLDER / str(_first_sound(run / FOLDER, which, set_aside=False))
+    manifest = _read_manifest(folder)
+    for part in parts:
+        names = [name for name in manifest["leaves"] if name.startswith(part + "/")]
+        if names:
+            arrays = _read(folder, {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})
+            return _nest({name.removeprefix(part + "/"): array for name, array in arrays.items()}), manifest["config"]
+    held = sorted({name.partition("/")[0] for name in manifest["leaves"]})
+    raise UserError(f"{folder}: holds {', '.join(held)}, but no {' or '.join(parts)}")
+
+
+# ----- leaves and their names -----
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *parents, last = name.split("/")
+        branch = nested
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[last] = array
+    return nested
+
+
+def _describe(leaf: Any) -> str:
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    return f"{dtype}[{','.join(map(str, np.shape(leaf)))}]"
+
+
+def _check_leaves(folder: Path, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    if not names:
+        return
+    shown = [f"{name}: {found.get(name, 'nothing')} there, {wanted.get(name, 'nothing')} expected" for name in names]
+    more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
+    raise UserError(f"{folder} does not hold the state expected here ({'; '.join(shown[:5])}{more})")
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+    sharding = getattr(leaf, "sharding", None)
+    return ocp.ArrayRestoreArgs(sharding=sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+
+
+def _read(folder: Path, restore_args: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        wanted = ocp.args.PyTreeRestore(dict.fromkeys(restore_args, 0), restore_args, partial_restore=True)
+        return checkpointer.restore((folder / _STATE).absolute(), args=wanted)
+
+
+# ----- the manifest -----
+
+
+class _DamageError(Exception):
+    """What is wrong with a checkpoint."""
+
+
+def _seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest over the files in ``folder`` and returns when all of it is on the disk."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): _fingerprint(path, sync=True) for path in paths}
+    sealed = {**manifest, "files": files}
+    with (folder / _MANIFEST).open("x") as file:
+        json.dump({**sealed, "sha256": _digest(sealed)}, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        _sync_folder(path)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        digest = manifest.pop("sha256")
+    except FileNotFoundError:
+        raise _DamageError(f"{_MANIFEST} is missing") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise _DamageError(f"{_MANIFEST} cannot be read") from None
+    if digest != _digest(manifest):
+        raise _DamageError(f"{_MANIFEST} is not as it was written")
+    if manifest["format"] > FORMAT:
+        raise UserError(f"{folder}: written in format {manifest['format']}; this version of dreamer4 reads {FORMAT}")
+    return manifest
+
+
+def _verify(folder: Path) -> None:
+    for name, expected in _read_manifest(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise _DamageError(f"{name} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise _DamageError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        if _fingerprint(path) != expected:
+            raise _DamageError(f"{name} is not as it was written")
+
+
+def _fingerprint(path: Path, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+# ----- the folder -----
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps that have a folder, newest first."""
+    return sorted((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), reverse=True)
+
+
+def _best_step(folder: Path) -> int | None:
+    link = folder / _BEST
+    return int(link.readlink().name) if link.is_symlink() and link.exists() else None
+
+
+def _first_sound(folder: Path, which: Which, set_aside: bool) -> int:
+    damages = []
+    for step in _candidates(folder, which):
+        path = folder / str(step)
+        try:
+            _verify(path)
+            return step
+        except _DamageError as damage:
+            damages.append(f"{step}: {damage}")
+            _log.warning("%s is damaged and not used: %s", path, damage)
+            if set_aside:
+                _rename(path, _free_name(folder / f"{step}{_DAMAGED}"))
+    if damages:
+        raise UserError(f"{folder}: no sound checkpoint ({'; '.join(damages)})")
+    raise UserError(f"{folder}: no checkpoint{f' of step {which}' if isinstance(which, int) else ''}")
+
+
+def _candidates(folder: Path, which: Which) -> Iterable[int]:
+    steps = _steps(folder)
+    if isinstance(which, int):
+        return [step for step in steps if step == which]
+    best = _best_step(folder) if which == "best" else None
+    return sorted(steps, key=lambda step: step != best)
+
+
+def _link_best(folder: Path, metric: str) -> None:
+    """Points ``best`` at the checkpoint with the best ``metric``, the earliest of equals.
+
+    All of them are asked, not the newest alone: a process killed between a rename and the link loses nothing.
+    """
+    name, sign = metric.removeprefix("-"), -1 if metric.startswith("-") else 1
+    scores = {}
+    for step in _steps(folder):
+        try:
+            value = _read_manifest(folder / str(step))["metrics"].get(name)
+        except _DamageError:
+            continue
+        if value is not None:
+            scores[step] = sign * value
+    if scores:
+        link = folder / f"{_TEMPORARY}{_BEST}"
+        link.symlink_to(str(max(scores, key=lambda step: (scores[step], -step))))
+        link.replace(folder / _BEST)
+
+
+def _free_name(path: Path) -> Path:
+    free, n = path, 1
+    while free.exists():
+        n += 1
+        free = path.with_name(f"{path.name}-{n}")
+    return free
+
+
+def _rename(path: Path, to: Path) -> Path:
+    path.rename(to)
+    _sync_folder(to.parent)
+    return to
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    # Orbax logs a failed write with a traceback per thread before it raises the error, which here becomes a sentence.
+    return not (record.exc_info and "/orbax/checkpoint/" in Path(record.pathname).as_posix())

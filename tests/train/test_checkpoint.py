@@ -1,0 +1,328 @@
+import dataclasses
+import errno
+import json
+import logging
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dreamer4.errors import UserError
+from dreamer4.train import checkpoint
+from dreamer4.train.checkpoint import Checkpoints, restore_params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+    carry: Any
+
+
+def make_state(step: int = 0, size: int = 64) -> State:
+    params = {
+        "encoder": {
+            "kernel": jax.random.normal(jax.random.key(step), (3, size)),
+            "bias": jnp.zeros(size, jnp.bfloat16),
+        },
+        "empty": {},
+    }
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(1e-3), params_mask(params)))
+    opt_state = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)[1]
+    carry = {"scales": (jnp.float32(jnp.inf), jnp.float32(-0.0)), "nothing": None, "seen": jnp.ones(3, bool)}
+    return State(jnp.int32(step), params, opt_state, None, carry)
+
+
+def params_mask(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def shapes(state: State) -> State:
+    return jax.eval_shape(lambda: state)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def save(folder: Path, *steps: int, psnr: dict[int, float] | None = None, keep: int = 3, best: str | None = None):
+    with Checkpoints(folder, keep) as checkpoints:
+        for step in steps:
+            metrics = {"eval/psnr": psnr[step]} if psnr else {}
+            checkpoints.save(step, make_state(step), metrics, {"seed": step}, best)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def largest_file(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_a_training_state_comes_back_bit_for_bit(tmp_path):
+    state = make_state(7)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state, {"eval/psnr": 31.25, "train/loss": float("nan")}, {"train": {"seed": 1}})
+        restored, manifest = checkpoints.restore(shapes(state))
+    assert_same(restored, state)
+    assert isinstance(restored, State)
+    assert manifest["step"] == 7
+    assert manifest["metrics"] == {"eval/psnr": 31.25, "train/loss": None}
+    assert manifest["config"] == {"train": {"seed": 1}}
+
+
+def test_typed_keys_come_back(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"key": jax.random.key(3)}, {}, {})
+        restored, _ = checkpoints.restore({"key": jax.random.key(0)})
+    assert (jax.random.key_data(restored["key"]) == jax.random.key_data(jax.random.key(3))).all()
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+    expected = np.arange(1 << 20, dtype=np.float32)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in range(3):
+            x = jnp.asarray(expected) + 0
+            checkpoints.save(step, {"x": x}, {}, {})
+            for _ in range(3):
+                x = overwrite(x)
+            x.block_until_ready()
+            restored, _ = checkpoints.restore({"x": jax.ShapeDtypeStruct(expected.shape, expected.dtype)}, step)
+            np.testing.assert_array_equal(restored["x"], expected)
+
+
+def test_leaves_are_placed_as_the_target_says(tmp_path):
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec("data"))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.arange(8.0)}, {}, {})
+        restored, _ = checkpoints.restore({"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)})
+    assert restored["x"].sharding == sharding
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path):
+    psnr = {1: 20.0, 2: 30.0, 3: 25.0, 4: 30.0, 5: float("nan")}
+    save(tmp_path, *psnr, psnr=psnr, keep=2, best="eval/psnr")
+    assert names(tmp_path) == {"2", "4", "5", "best"}
+    assert (tmp_path / "best").readlink() == Path("2")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 5
+        assert checkpoints.restore(shapes(make_state()), "best")[1]["step"] == 2
+
+
+def test_lower_is_better_with_a_minus(tmp_path):
+    save(tmp_path, 1, 2, 3, psnr={1: 0.3, 2: 0.1, 3: 0.2}, best="-eval/psnr")
+    assert (tmp_path / "best").readlink() == Path("2")
+
+
+def test_a_link_lost_to_a_kill_is_made_up_for(tmp_path):
+    save(tmp_path, 1, 2, psnr={1: 20.0, 2: 30.0}, best=None)
+    save(tmp_path, 3, psnr={3: 25.0}, best="eval/psnr")
+    assert (tmp_path / "best").readlink() == Path("2")
+
+
+def test_a_step_saved_again_is_replaced(tmp_path):
+    save(tmp_path, 1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(9), {}, {})
+        restored, _ = checkpoints.restore(shapes(make_state()))
+    assert_same(restored, make_state(9))
+    assert names(tmp_path) == {"1"}
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = largest_file(folder / "state")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(folder: Path) -> None:
+    path = largest_file(folder / "state")
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def empty_a_file(folder: Path) -> None:
+    os.truncate(largest_file(folder / "state"), 0)
+
+
+def lose_a_file(folder: Path) -> None:
+    largest_file(folder / "state").unlink()
+
+
+def lose_everything(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def tear_the_manifest(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    os.truncate(manifest, manifest.stat().st_size // 2)
+
+
+def change_the_manifest(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed": 2', '"seed": 3'))
+
+
+DAMAGES = [flip_a_bit, truncate, empty_a_file, lose_a_file, lose_everything, tear_the_manifest, change_the_manifest]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog, damage):
+    save(tmp_path, 1, 2)
+    damage(tmp_path / "2")
+    with Checkpoints(tmp_path) as checkpoints, caplog.at_level(logging.WARNING):
+        restored, manifest = checkpoints.restore(shapes(make_state()))
+    assert manifest["step"] == 1
+    assert_same(restored, make_state(1))
+    assert names(tmp_path) == {"1", "2.damaged"}
+    assert f"{tmp_path / '2'} is damaged" in caplog.text
+
+
+def test_a_damaged_best_gives_way_to_the_newest(tmp_path):
+    save(tmp_path, 1, 2, 3, psnr={1: 30.0, 2: 20.0, 3: 25.0}, best="eval/psnr")
+    flip_a_bit(tmp_path / "1")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(shapes(make_state()), "best")[1]["step"] == 3
+        checkpoints.save(4, make_state(4), {"eval/psnr": 22.0}, {}, "eval/psnr")
+    assert (tmp_path / "best").readlink() == Path("3")
+
+
+def test_all_damaged_is_never_a_fresh_start(tmp_path):
+    save(tmp_path, 1, 2)
+    flip_a_bit(tmp_path / "1")
+    truncate(tmp_path / "2")
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match=r"no sound checkpoint \(2: .* bytes instead of .*; 1: .* not as it was"):
+            checkpoints.restore(shapes(make_state()))
+        with pytest.raises(UserError, match=r"every checkpoint is damaged \(1.damaged, 2.damaged\)"):
+            checkpoints.latest()
+
+
+def test_a_damaged_step_asked_for_by_number_is_not_replaced_by_another(tmp_path):
+    save(tmp_path, 1, 2)
+    flip_a_bit(tmp_path / "2")
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match="no sound checkpoint"):
+            checkpoints.restore(shapes(make_state()), 2)
+        with pytest.raises(UserError, match="no checkpoint of step 5"):
+            checkpoints.restore(shapes(make_state()), 5)
+
+
+def test_an_empty_folder_has_no_latest(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest() is None
+        with pytest.raises(UserError, match="no checkpoint"):
+            checkpoints.restore(shapes(make_state()))
+
+
+def test_what_a_crash_left_is_removed(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "tmp.2" / "state").mkdir(parents=True)
+    (tmp_path / "tmp.2" / "state" / "half").write_bytes(b"half")
+    (tmp_path / "tmp.best").symlink_to("2")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 1
+    assert names(tmp_path) == {"1"}
+
+
+def test_another_shape_is_told_with_both_shapes(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": {"w": jnp.zeros((3, 64)), "old": jnp.zeros(2)}}, {}, {})
+        target = {"params": {"w": jnp.zeros((3, 32), jnp.bfloat16), "new": jnp.zeros(2)}}
+        with pytest.raises(UserError) as error:
+            checkpoints.restore(target)
+    assert "params/w: float32[3,64] there, bfloat16[3,32] expected" in str(error.value)
+    assert "params/new: nothing there, float32[2] expected" in str(error.value)
+    assert "params/old: float32[2] there, nothing expected" in str(error.value)
+    assert names(tmp_path) == {"1"}
+
+
+def test_a_newer_format_is_not_taken_for_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=r"written in format 2; .* reads 1"):
+        checkpoints.restore(shapes(make_state()))
+    assert names(tmp_path) == {"1"}
+
+
+@pytest.mark.parametrize("surface", ["save", "wait", "close"])
+def test_a_disk_full_in_the_manifest_surfaces_and_spares_the_last_good_one(tmp_path, monkeypatch, surface):
+    save(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_seal", full)
+        checkpoints.save(2, make_state(2), {}, {})
+        with pytest.raises(UserError, match=r"step 2 could not be written .*No space left.* last good one is 1"):
+            checkpoints.save(3, make_state(3), {}, {}) if surface == "save" else getattr(checkpoints, surface)()
+    checkpoints.close()
+    assert names(tmp_path) == {"1"}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(shapes(make_state()))[1]["step"] == 1
+
+
+def test_a_failed_write_of_arrays_surfaces_without_a_traceback_and_the_next_save_works(tmp_path, capfd):
+    save(tmp_path, 1)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+        try:
+            checkpoints.save(2, {"x": jax.random.normal(jax.random.key(0), (100_000,))}, {}, {})
+            with pytest.raises(UserError, match=r"step 2 could not be written .*File too large"):
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert names(tmp_path) == {"1"}
+        checkpoints.save(3, make_state(3), {}, {})
+    assert names(tmp_path) == {"1", "3"}
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_parameters_of_another_run_come_by_their_own_structure(tmp_path):
+    folder = tmp_path / checkpoint.FOLDER
+    save(folder, 1, 2, 3, psnr={1: 20.0, 2: 30.0, 3: 25.0}, best="eval/psnr")
+    params, config = restore_params(tmp_path)
+    assert config == {"seed": 2}
+    expected = make_state(2).params
+    del expected["empty"]
+    assert_same(params, expected)
+    assert restore_params(tmp_path, "latest", ("ema", "params"))[1] == {"seed": 3}
+    with pytest.raises(UserError, match="holds carry, opt_state, params, step, but no ema"):
+        restore_params(tmp_path, parts=("ema",))
+
+
+def test_reading_another_run_changes_nothing_there(tmp_path):
+    folder = tmp_path / checkpoint.FOLDER
+    save(folder, 1, 2)
+    flip_a_bit(folder / "2")
+    assert restore_params(tmp_path)[1] == {"seed": 1}
+    assert names(folder) == {"1", "2"}
+    with pytest.raises(UserError, match="no checkpoint"):
+        restore_params(tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_manifest_covers_every_file(tmp_path):
+    save(tmp_path, 1)
+    manifest = json.loads((tmp_path / "1" / "manifest.json").read_text())
+    files = {p.relative_to(tmp_path / "1").as_posix() for p in (tmp_path / "1").rglob("*") if p.is_file()}
+    assert set(manifest["files"]) == files - {"manifest.json"}
