@@ -1,0 +1,107 @@
+"""The folder of a run: claimed by one process, bound to one configuration."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from dreamer4.config import differences
+from dreamer4.errors import UserError
+from dreamer4.train import checkpoint
+
+Compare = Callable[[dict[str, Any], dict[str, Any]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the parts of a run lie::
+
+    config.json   metrics.jsonl   checkpoints/   samples/
+    """
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / checkpoint.FOLDER
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @staticmethod
+    @contextlib.contextmanager
+    def open(path: Path, config: dict[str, Any], compare: Compare = differences) -> Iterator["RunFolder"]:
+        """Claims ``path`` for this process, as a new run or to go on with one of the same ``config`` (JSON).
+
+        ``compare(saved, asked)`` returns a line for each field that may not differ and does. With several hosts the
+        first alone claims and writes. Raises UserError where the folder cannot be written, is in use, holds a run of
+        another configuration, or holds checkpoints whose configuration is lost.
+        """
+        run = RunFolder(path)
+        if jax.process_index() != 0:
+            yield run
+            return
+        with contextlib.ExitStack() as claim:
+            try:
+                claim.enter_context(_lock(path))
+                run._bind(config, compare)
+            except OSError as error:
+                raise UserError(f"{path}: a run cannot be written there ({error.strerror})") from error
+            yield run
+
+    def _bind(self, config: dict[str, Any], compare: Compare) -> None:
+        if not self.config_path.exists():
+            if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
+                raise UserError(f"{self.path}: has checkpoints but no {self.config_path.name} to tell whose they are")
+            write_atomically(self.config_path, json.dumps(config, indent=2) + "\n")
+        elif lines := compare(_read_config(self.config_path), config):
+            raise UserError(f"{self.path}: holds a run of another configuration ({'; '.join(lines)})")
+        self.samples.mkdir(exist_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Puts ``text`` at ``path`` so that a crash leaves either the old file or the new one whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _lock(path: Path) -> TextIO:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / ".lock").open("a+")
+    try:
+        # The kernel drops this lock with the process, however that ends: there is no stale lock to clear away.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with lock:
+            lock.seek(0)
+            raise UserError(f"{path}: in use by process {lock.read().strip() or 'unknown'}") from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not a configuration in JSON ({error})") from error
