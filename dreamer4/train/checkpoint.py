@@ -22,7 +22,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import jax
 import numpy as np
@@ -72,7 +72,12 @@ class Checkpoints:
         self.close()
 
     def save(
-        self, step: int, state: PyTree, metrics: Mapping[str, float], config: dict[str, Any], best: str | None = None
+        self,
+        step: int,
+        state: PyTree,
+        metrics: Mapping[str, SupportsFloat],
+        config: dict[str, Any],
+        best: str | None = None,
     ) -> None:
         """Copies ``state`` to the host, so that the next step may donate it, and writes it in the background.
 
@@ -85,7 +90,7 @@ class Checkpoints:
         manifest = {
             "format": FORMAT,
             "step": step,
-            "metrics": {name: float(v) if math.isfinite(v) else None for name, v in metrics.items()},
+            "metrics": {name: float(v) if math.isfinite(float(v)) else None for name, v in metrics.items()},
             "config": config,
             "leaves": {name: _describe(leaf) for name, leaf in arrays.items()},
         }

@@ -1,0 +1,208 @@
+"""What a run tells while it trains: a file of metrics, outside services, and a line for whoever watches."""
+
+import importlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, SupportsFloat
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from dreamer4.errors import UserError
+from dreamer4.train.run_folder import write_atomically
+
+WALL_CLOCK = ("seconds", "frames_per_s", "data_wait")
+"""The fields that the clock decides: two runs of one seed agree in all others."""
+
+Metrics = Mapping[str, SupportsFloat]
+
+
+class Sink(Protocol):
+    """Where metrics go: flat names such as ``train/loss``, one value each, at a step."""
+
+    def write(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object per call, ``step``, ``seconds``, then the metrics.
+
+    ``seconds`` is the time spent training, summed over resumed sessions. A value that is not finite is null.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._before, self._start = 0.0, time.monotonic()
+        self._file = path.open("a")
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Appends a line; it survives this process, though not a loss of power."""
+        seconds = round(self._before + time.monotonic() - self._start, 3)
+        line = {"step": step, "seconds": seconds} | {name: _finite(value) for name, value in metrics.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def resume_at(self, step: int) -> None:
+        """Drops the lines after ``step`` and a torn last line: the run is about to write them again.
+
+        To be called before the first ``write`` to a file that may be there, with -1 where no checkpoint is. Raises
+        UserError for a line in between that cannot be read.
+        """
+        lines, kept = self._path.read_text().splitlines(keepends=True), []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                past = record["step"] > step
+            except (ValueError, TypeError, KeyError):
+                if number == len(lines):
+                    break
+                raise UserError(f"{self._path}: line {number} is not a line of metrics; delete it to go on") from None
+            if not past:
+                kept.append(line)
+                self._before = record["seconds"]
+        self._file.close()
+        write_atomically(self._path, "".join(kept))
+        self._file = self._path.open("a")
+        self._start = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Metrics as TensorBoard scalars in ``folder``; events after ``resumed_at`` are struck out.
+
+    Raises UserError where the extra ``tensorboard`` is not installed.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int | None = None):
+        module = _extra("tensorboardX", "tensorboard")
+        purge = None if resumed_at is None else resumed_at + 1
+        self._writer = module.SummaryWriter(str(folder), purge_step=purge)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Metrics to Weights & Biases under the run's folder name, which a resumed run continues.
+
+    Raises UserError where the extra ``wandb`` is not installed.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], project: str = "dreamer4"):
+        module = _extra("wandb", "wandb")
+        self._run = module.init(
+            project=project, name=folder.name, id=folder.name, resume="allow", dir=str(folder), config=config
+        )
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        self._run.log({name: float(value) for name, value in metrics.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Progress:
+    """Where a run is: one line redrawn in place on a terminal, elsewhere a plain line every few seconds.
+
+    ``total`` and ``start`` are steps; the time to go is reckoned from the steps after the first update, which alone
+    has waited for the compiler.
+    """
+
+    def __init__(self, total: int, start: int = 0, console: Console | None = None, interval: float = 5.0):
+        self._total, self._console = total, console or Console()
+        self._interval = 0.25 if self._console.is_terminal else interval
+        self._known: dict[str, SupportsFloat] = {}
+        self._step, self._first = start, None
+        self._drawn = -math.inf
+        # Redrawn by us when there is something new, not by a thread of rich's.
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.update(self._line(), refresh=True)
+            self._live.stop()
+
+    def update(self, step: int, metrics: Metrics) -> None:
+        """Says that ``step`` is done; a metric that is not given keeps the value it had."""
+        now = time.monotonic()
+        self._step, self._first = step, self._first or (step, now)
+        self._known.update(metrics)
+        if now - self._drawn >= self._interval or step == self._total:
+            self._drawn = now
+            if self._live:
+                self._live.update(self._line(), refresh=True)
+            else:
+                self._print(self._line())
+
+    def say(self, message: str) -> None:
+        """Prints a line of its own above the progress line."""
+        self._print(Text(message))
+
+    def _print(self, line: Text) -> None:
+        self._console.print(line, soft_wrap=True)
+
+    def _line(self) -> Text:
+        return Text("  ".join(self._parts()), no_wrap=True, overflow="ellipsis")
+
+    def _parts(self) -> list[str]:
+        parts = [f"step {self._step}/{self._total}", f"{self._step / max(self._total, 1):4.0%}"]
+        if (left := self._seconds_to_go()) is not None:
+            parts.append(f"{_clock(left)} to go")
+        for name, show in _SHOWN.items():
+            if name in self._known:
+                parts.append(show.format(float(self._known[name])))
+        return parts
+
+    def _seconds_to_go(self) -> float | None:
+        if self._first is None or self._step == self._first[0]:
+            return None
+        step, then = self._first
+        return (self._total - self._step) * (time.monotonic() - then) / (self._step - step)
+
+
+_SHOWN = {
+    "frames_per_s": "{:,.0f} frames/s",
+    "data_wait": "data wait {:.0%}",
+    "train/loss": "loss {:.4g}",
+    "eval/psnr": "PSNR {:.2f} dB",
+}
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _finite(value: SupportsFloat) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _extra(module: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise UserError(
+            f"--{extra}: the package {module} is not installed; it comes with the extra {extra} "
+            f"(uv run --extra {extra} ..., or pip install 'dreamer4-jax[{extra}]')"
+        ) from None

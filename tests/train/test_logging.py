@@ -1,0 +1,213 @@
+import io
+import json
+import sys
+import threading
+import types
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from dreamer4.errors import UserError
+from dreamer4.train import logging as train_logging
+from dreamer4.train.logging import WALL_CLOCK, MetricsLog, Progress, TensorBoard, WandB
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 100.0
+        monkeypatch.setattr(train_logging.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def read(path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_clock(records):
+    return [{name: value for name, value in record.items() if name not in WALL_CLOCK} for record in records]
+
+
+def test_a_line_is_step_and_seconds_and_flat_floats(tmp_path, clock):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    clock.now += 2.5
+    log.write(10, {"train/loss": jnp.float32(0.1), "train/gradient": float("nan"), "eval/psnr": float("inf")})
+    record = read(tmp_path / "metrics.jsonl")[0]  # before close: a watcher sees each line at once
+    log.close()
+    assert list(record) == ["step", "seconds", "train/loss", "train/gradient", "eval/psnr"]
+    assert record["seconds"] == 2.5
+    assert jnp.float32(record["train/loss"]) == jnp.float32(0.1)
+    assert record["train/gradient"] is None
+    assert record["eval/psnr"] is None
+
+
+def test_a_resumed_file_is_an_uninterrupted_one_but_for_the_clock(tmp_path, clock):
+    def write(log: MetricsLog, steps: range) -> None:
+        for step in steps:
+            clock.now += 1
+            log.write(step, {"train/loss": 1 / step, "frames_per_s": clock.now})
+
+    path = tmp_path / "resumed.jsonl"
+    log = MetricsLog(path)
+    write(log, range(1, 8))
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 8, "seco')
+    clock.now += 1000
+    log = MetricsLog(path)
+    log.resume_at(5)
+    write(log, range(6, 11))
+    log.close()
+
+    whole = MetricsLog(tmp_path / "whole.jsonl")
+    write(whole, range(1, 11))
+    whole.close()
+    assert without_clock(read(path)) == without_clock(read(tmp_path / "whole.jsonl"))
+    assert [record["seconds"] for record in read(path)] == list(range(1, 11))
+
+
+def test_resuming_at_the_last_line_keeps_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        log = MetricsLog(path)
+        log.resume_at(step - 1)
+        log.write(step, {})
+        log.close()
+    assert [record["step"] for record in read(path)] == [1, 2]
+
+
+def test_a_broken_line_in_between_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    text = '{"step": 1, "seconds": 1}\n{"st\n{"step": 3, "seconds": 2}\n'
+    path.write_text(text)
+    log = MetricsLog(path)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is not"):
+        log.resume_at(3)
+    log.close()
+    assert path.read_text() == text
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="extra tensorboard"):
+        TensorBoard(tmp_path)
+    with pytest.raises(UserError, match="extra wandb"):
+        WandB(tmp_path, {})
+
+
+def test_nothing_outside_is_imported_until_asked_for():
+    assert not {"tensorboardX", "wandb"} & sys.modules.keys()
+
+
+class Recorder:
+    """A stand-in for the writers of both services."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.args, self.options, self.calls = args, options, []
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.calls.append((step, {name: value}))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.calls.append((step, values))
+
+    def close(self) -> None:
+        self.calls.append("closed")
+
+    finish = close
+
+
+def install(monkeypatch, name: str, function: str) -> list[Recorder]:
+    made = []
+
+    def make(*args, **options):
+        made.append(Recorder(*args, **options))
+        return made[-1]
+
+    module = types.ModuleType(name)
+    setattr(module, function, make)
+    monkeypatch.setitem(sys.modules, name, module)
+    return made
+
+
+def test_tensorboard_gets_scalars_and_strikes_what_is_written_again(tmp_path, monkeypatch):
+    made = install(monkeypatch, "tensorboardX", "SummaryWriter")
+    sink = TensorBoard(tmp_path, resumed_at=5)
+    sink.write(6, {"train/loss": jnp.float32(0.5)})
+    sink.close()
+    assert made[0].options == {"purge_step": 6}
+    assert made[0].calls == [(6, {"train/loss": 0.5}), "closed"]
+
+
+def test_wandb_gets_metrics_under_the_folder_name(tmp_path, monkeypatch):
+    made = install(monkeypatch, "wandb", "init")
+    sink = WandB(tmp_path / "mine", {"seed": 1})
+    sink.write(6, {"train/loss": 0.5})
+    sink.close()
+    assert made[0].options["id"] == "mine"
+    assert made[0].options["resume"] == "allow"
+    assert made[0].options["config"] == {"seed": 1}
+    assert made[0].calls == [(6, {"train/loss": 0.5}), "closed"]
+
+
+def screen(terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None, _environ={})
+
+
+def text(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_line_tells_step_time_speed_wait_loss_and_psnr(clock, terminal):
+    console, threads = screen(terminal), threading.active_count()
+    with Progress(1000, console=console) as progress:
+        progress.update(10, {"frames_per_s": 1234.4, "data_wait": 0.021, "train/loss": 0.01234})
+        clock.now += 45
+        progress.update(100, {"train/loss": 0.01, "eval/psnr": 31.256})
+        assert threading.active_count() == threads
+    line = "step 100/1000   10%  7:30 to go  1,234 frames/s  data wait 2%  loss 0.01  PSNR 31.26 dB"
+    assert line in text(console)
+
+
+def test_without_a_terminal_lines_come_every_few_seconds_and_the_last_always(clock):
+    console = screen(terminal=False)
+    with Progress(100, console=console, interval=5.0) as progress:
+        for step in range(1, 101):
+            clock.now += 0.125
+            progress.update(step, {})
+        progress.say("done")
+    lines = text(console).splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == ["1/100", "41/100", "81/100", "100/100"]
+    assert lines[-1] == "done"
+    assert "\x1b" not in text(console)
+
+
+def test_on_a_terminal_the_line_is_redrawn_seldom_and_words_stay_above_it(clock):
+    console = screen(terminal=True)
+    with Progress(10_000, console=console) as progress:
+        for step in range(1, 1001):
+            clock.now += 0.001
+            progress.update(step, {})
+            if step == 500:
+                progress.say("saved")
+    assert text(console).count("step ") <= 10
+    assert "saved" in text(console)
+    last_redrawing = text(console).rpartition("\x1b[2K")[2]
+    assert "step 1000/10000" in last_redrawing
+
+
+def test_a_resumed_run_reckons_the_time_to_go_from_its_own_steps(clock):
+    console = screen(terminal=False)
+    with Progress(1000, start=900, console=console, interval=0.0) as progress:
+        progress.update(901, {})
+        clock.now += 9
+        progress.update(910, {})
+    assert "1:30 to go" in text(console)
