@@ -1,0 +1,87 @@
+"""Scaled dot-product attention with all that the efficient transformer asks of it, and the cache over time."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Kernel = Literal["auto", "plain", "fused"]
+
+
+def attend(
+    query: Float[Array, "B Q Hq K"],
+    key: Float[Array, "B L Hkv K"],
+    value: Float[Array, "B L Hkv K"],
+    mask: Bool[Array, "Q L"],
+    *,
+    soft_cap: float | None = None,
+    kernel: Kernel = "auto",
+) -> Float[Array, "B Q Hq K"]:
+    """Attention of Q queries over L keys where ``mask`` allows it; query head h reads key head h // (Hq / Hkv).
+
+    Logits and softmax are float32. ``soft_cap`` c bounds the logits smoothly: ``c tanh(logits / c)``. The ``fused``
+    kernel (cuDNN, half precision) knows no soft cap; ``auto`` takes it where it can.
+
+    A row of ``mask`` without any True would average over everything: callers must not build one.
+    """
+    if kernel == "fused" and soft_cap is not None:
+        raise ValueError("the fused attention kernel has no soft cap: pass soft_cap=None with kernel='fused'")
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    if kernel == "fused" or (kernel == "auto" and soft_cap is None and half and jax.default_backend() == "gpu"):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask[None, None], implementation="cudnn")
+    return _plain(query, key, value, mask, soft_cap)
+
+
+def _plain(query: Array, key: Array, value: Array, mask: Array, soft_cap: float | None) -> Array:
+    *_, heads, width = query.shape
+    if key.shape[2] != heads:
+        key, value = (jnp.repeat(x, heads // key.shape[2], axis=2) for x in (key, value))
+    query = query * jnp.asarray(width**-0.5, query.dtype)
+    logits = jnp.einsum("bqhk,blhk->bhql", query, key, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    # Dividing after the product touches K numbers a row in place of L.
+    total = weights.sum(-1, keepdims=True)
+    mixed = jnp.einsum("bhql,blhk->bhqk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (mixed / total).astype(query.dtype).swapaxes(1, 2)
+
+
+def causal_mask(queries: Int[Array, " Q"], keys: Int[Array, " L"], context: int) -> Bool[Array, "Q L"]:
+    """Which key frames each query frame sees: itself and those before it, ``context`` in all; negative is no frame."""
+    age = queries[:, None] - keys[None, :]
+    return (age >= 0) & (age < context) & (keys >= 0)[None, :]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the last W frames, a ring: frame f lies in slot f mod W, rotated by its absolute index.
+
+    The leading axis runs over the time layers of a transformer. ``frame`` counts the frames seen so far, that is the
+    absolute index of the next one.
+    """
+
+    key: Float[Array, "layer B S W Hkv K"]
+    value: Float[Array, "layer B S W Hkv K"]
+    frame: Int[Array, ""]
+
+
+def ring_frames(frame: Int[Array, ""], slots: int) -> Int[Array, " W"]:
+    """The absolute frame index that each slot of the ring holds when ``frame`` frames were seen; negative: none yet."""
+    return frame - 1 - (frame - 1 - jnp.arange(slots)) % slots
+
+
+def ring_write(
+    ring: Float[Array, "B S W Hkv K"], new: Float[Array, "B S T Hkv K"], frame: Int[Array, ""]
+) -> Float[Array, "B S W Hkv K"]:
+    """The ring after T more frames from absolute index ``frame`` on; of more than W frames the last W stay."""
+    slots, steps = ring.shape[2], new.shape[2]
+    if steps == 1:  # one slice is much cheaper than a scatter
+        return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), frame % slots, axis=2)
+    kept = min(slots, steps)
+    where = (frame + jnp.arange(steps - kept, steps)) % slots
+    return ring.at[:, :, where].set(new[:, :, steps - kept :].astype(ring.dtype))

@@ -1,0 +1,292 @@
+"""The efficient transformer of Dreamer 4: attention over space, and every few layers over time (section 3.1).
+
+Tokens are ``(B, T, S, D)``: S tokens in each of T time steps, described once by a ``Layout``. A layer is pre-norm
+attention and a SwiGLU MLP; every ``time_every``-th layer attends over time in place of space, each token position with
+its own past. Those layers make a superblock, and the superblocks run under one ``nn.scan``, so that compile time does
+not grow with depth. Encoder, decoder and dynamics are this module with different layouts.
+"""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+from dreamer4.errors import UserError
+from dreamer4.nn.attention import Kernel, KVCache, attend, causal_mask, ring_frames, ring_write
+from dreamer4.nn.layers import Linear, RMSNorm, SwiGLU, rms_normalize
+from dreamer4.nn.rotary import rotate, space_angles, time_angles
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and options; the defaults that are not sizes are the paper's."""
+
+    d_model: int = 64
+    depth: int = 8
+    """Layers in all; a multiple of ``time_every``."""
+    heads: int = 4
+    kv_heads: int | None = None
+    """Grouped-query attention: heads that share keys and values; None gives every head its own."""
+    mlp_ratio: float = 4.0
+    time_every: int = 4
+    """Every so-manieth layer attends over time, the others over space."""
+    context: int = 192
+    """Frames that attention over time reaches back to, the present one included."""
+    qk_gain: float = 1.0
+    """Where the learned gain of each head's normalised queries starts."""
+    soft_cap: float | None = 50.0
+    kernel: Kernel = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    """Recompute each superblock in the backward pass: memory for time."""
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.heads or (self.d_model // self.heads) % 4:
+            raise UserError(
+                f"heads: {self.heads} heads must divide d_model {self.d_model} into a width that is a multiple of 4"
+            )
+        if self.heads % (self.kv_heads or self.heads):
+            raise UserError(f"kv_heads: {self.kv_heads} must divide the number of heads, {self.heads}")
+        if self.depth < 1 or self.depth % self.time_every:
+            raise UserError(f"depth: {self.depth} layers must be a multiple of time_every, {self.time_every}")
+        if self.kernel == "fused" and self.soft_cap is not None:
+            raise UserError("kernel: the fused attention kernel has no soft cap, set soft_cap to None with it")
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.heads
+
+    @property
+    def superblocks(self) -> int:
+        return self.depth // self.time_every
+
+
+@dataclasses.dataclass(frozen=True)
+class Modality:
+    """Tokens of one kind within a time step: ``size`` of them, or a ``grid`` (rows, columns) with places in space.
+
+    ``reads`` names the modalities that its tokens attend to within their time step.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    size: int = 0
+    grid: tuple[int, int] | None = None
+
+    @property
+    def count(self) -> int:
+        return self.grid[0] * self.grid[1] if self.grid else self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The tokens of a time step in order, and how many of them, from the front, attend over time."""
+
+    modalities: tuple[Modality, ...]
+    temporal: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(m.count for m in self.modalities)
+
+    def mask(self) -> Bool[np.ndarray, "S S"]:
+        """``mask[i, j]``: token i attends to token j within a time step."""
+        owner = np.repeat([m.name for m in self.modalities], [m.count for m in self.modalities])
+        mask = np.stack([np.isin(owner, m.reads) for m in self.modalities for _ in range(m.count)])
+        if not mask.any(axis=1).all():
+            blind = owner[~mask.any(axis=1)][0]
+            raise ValueError(f"layout: {blind} tokens attend to nothing, which would mean to everything alike")
+        return mask
+
+    def positions(self) -> Float[np.ndarray, "S 2"]:
+        """Row and column of each token on its grid; (0, 0) for tokens off any grid."""
+        places = []
+        for m in self.modalities:
+            rows, columns = m.grid or (1, 1)
+            grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2)
+            places.append(grid if m.grid else np.zeros((m.count, 2)))
+        return np.concatenate(places).astype(np.float32)
+
+
+class Attention(nn.Module):
+    """Projections with QK-norm and a gain per head, RoPE, attention, and the way back to D channels."""
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        c = self.config
+        kv_heads = c.kv_heads or c.heads
+        self.query = Linear(c.heads * c.head_width)
+        self.key = Linear(kv_heads * c.head_width)
+        self.value = Linear(kv_heads * c.head_width)
+        self.out = Linear(c.d_model)
+        self.gain = self.param("gain", nn.initializers.constant(c.qk_gain), (c.heads,))
+
+    def project(self, x: Float[Array, "*lead L D"], angles: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values (*lead, L, heads, width), queries and keys normalised and rotated by ``angles``."""
+        query, key, value = (rearrange(f(x), "... (h k) -> ... h k", k=self.config.head_width) for f in self._maps)
+        query = rotate(rms_normalize(query) * self.gain[:, None], angles).astype(x.dtype)
+        return query, rotate(rms_normalize(key), angles).astype(x.dtype), value
+
+    def mix(self, query: Array, key: Array, value: Array, mask: Array) -> Array:
+        c = self.config
+        mixed = attend(query, key, value, mask, soft_cap=c.soft_cap, kernel=c.kernel)
+        return self.out(rearrange(mixed, "... h k -> ... (h k)"))
+
+    @property
+    def _maps(self) -> tuple[Linear, Linear, Linear]:
+        return self.query, self.key, self.value
+
+
+class SpaceAttention(nn.Module):
+    """Attention among the tokens of each time step, as the layout's mask allows."""
+
+    config: TransformerConfig
+    layout: Layout
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T S D"]) -> Float[Array, "B T S D"]:
+        attention = Attention(self.config, name="attention")
+        flat = rearrange(x, "b t s d -> (b t) s d")
+        angles = space_angles(self.layout.positions(), self.config.head_width)
+        mixed = attention.mix(*attention.project(flat, angles), jnp.asarray(self.layout.mask()))
+        return mixed.reshape(x.shape)
+
+
+class TimeAttention(nn.Module):
+    """Causal attention of each of the S token positions over its own past, within the window.
+
+    With a ring (keys and values, each (B, S, W, Hkv, K)) the past is what the ring holds, and the ring after these
+    frames is returned beside the output.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T S D"], ring: tuple[Array, Array] | None, frame: Int[Array, ""]
+    ) -> tuple[Float[Array, "B T S D"], tuple[Array, Array] | None]:
+        c, batch = self.config, x.shape[0]
+        attention = Attention(c, name="attention")
+        now = frame + jnp.arange(x.shape[1])
+        flat = rearrange(x, "b t s d -> (b s) t d")
+        query, key, value = attention.project(flat, time_angles(now, c.head_width))
+        past = now
+        if ring is not None:
+            new = tuple(rearrange(y, "(b s) t h k -> b s t h k", b=batch) for y in (key, value))
+            past = jnp.concatenate([ring_frames(frame, ring[0].shape[2]), now])
+            key, value = (
+                rearrange(jnp.concatenate([old.astype(y.dtype), y], 2), "b s l h k -> (b s) l h k")
+                for old, y in zip(ring, new, strict=True)
+            )
+            ring = tuple(ring_write(old, y, frame) for old, y in zip(ring, new, strict=True))
+        mixed = attention.mix(query, key, value, causal_mask(now, past, c.context))
+        return rearrange(mixed, "(b s) t d -> b t s d", b=batch), ring
+
+
+class SuperBlock(nn.Module):
+    """``time_every - 1`` layers over space, then one over time."""
+
+    config: TransformerConfig
+    layout: Layout
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T S D"], ring: tuple[Array, Array] | None, frame: Int[Array, ""]
+    ) -> tuple[Float[Array, "B T S D"], tuple[Array, Array] | None]:
+        c = self.config
+        for i in range(c.time_every):
+            normed = RMSNorm(name=f"attention_norm_{i}")(x)
+            if i < c.time_every - 1:
+                x = x + SpaceAttention(c, self.layout, name=f"space_{i}")(normed)
+            else:
+                n = self.layout.temporal
+                mixed, ring = TimeAttention(c, name="time")(normed[:, :, :n], ring, frame)
+                # Tokens that do not attend over time pass this sub-layer as they are.
+                x = jnp.concatenate([x[:, :, :n] + mixed, x[:, :, n:]], axis=2)
+            x = x + SwiGLU(mlp_width(c), name=f"mlp_{i}")(RMSNorm(name=f"mlp_norm_{i}")(x))
+        return x, ring
+
+
+class Transformer(nn.Module):
+    """The stack of superblocks and a final norm."""
+
+    config: TransformerConfig
+    layout: Layout
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T S D"], cache: KVCache | None = None
+    ) -> tuple[Float[Array, "B T S D"], KVCache | None]:
+        """The tokens after all layers, in the dtype of the config, and with a ``cache`` the cache after these frames.
+
+        Whoever only looks ahead (a denoising step, say) drops the returned cache and keeps the old one.
+        """
+        x = x.astype(self.config.dtype)
+        block = nn.remat(SuperBlock, prevent_cse=False) if self.config.remat else SuperBlock
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=self.config.superblocks,
+        )
+        ring = None if cache is None else (cache.key, cache.value)
+        frame = jnp.zeros((), jnp.int32) if cache is None else cache.frame
+        x, ring = stack(self.config, self.layout, name="blocks")(x, ring, frame)
+        if cache is not None and ring is not None:
+            cache = KVCache(key=ring[0], value=ring[1], frame=frame + x.shape[1])
+        return RMSNorm(name="norm")(x), cache
+
+
+def mlp_width(config: TransformerConfig) -> int:
+    """Hidden channels of the MLP, a multiple of 8."""
+    return max(8, int(config.mlp_ratio * config.d_model) // 8 * 8)
+
+
+def empty_cache(config: TransformerConfig, layout: Layout, batch: int) -> KVCache:
+    """A cache that has seen nothing, for ``batch`` streams of video."""
+    kv_heads = config.kv_heads or config.heads
+    shape = (config.superblocks, batch, layout.temporal, config.context, kv_heads, config.head_width)
+    zeros = jnp.zeros(shape, config.dtype)
+    return KVCache(key=zeros, value=zeros, frame=jnp.zeros((), jnp.int32))
+
+
+def aligned_start(params: dict) -> dict:
+    """The same parameters with every key projection equal to its query projection and every output projection a scaled
+    transpose of its value projection.
+
+    Attention then starts by likeness: a token looks at tokens that resemble it and takes over what they hold. It
+    helps small models that must learn in minutes (docs/log.md); grouped heads are left as they are.
+    """
+
+    def align(tree: dict) -> dict:
+        if {"query", "key", "value", "out"} <= tree.keys():
+            query, value = tree["query"]["kernel"], tree["value"]["kernel"]
+            if query.shape == tree["key"]["kernel"].shape:
+                return tree | {"key": {"kernel": query}, "out": {"kernel": 0.5 * jnp.swapaxes(value, -1, -2)}}
+        return {name: align(child) if isinstance(child, dict) else child for name, child in tree.items()}
+
+    return align(params)
+
+
+def parameter_count(params: object) -> int:
+    """The number of scalars in a tree of arrays or of their shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def transformer_flops(config: TransformerConfig, layout: Layout, frames: int) -> int:
+    """Floating point operations per frame of one forward pass over clips of ``frames``: two for each multiplication of
+    a matrix product, all else left out. Attention counts every pair, those that the mask hides included."""
+    c, tokens = config, layout.tokens
+    kv_width = (c.kv_heads or c.heads) * c.head_width
+    projections = 2 * c.d_model * (2 * c.d_model + 2 * kv_width)
+    mlp = 2 * tokens * 3 * c.d_model * mlp_width(c)
+    space = tokens * (projections + 4 * tokens * c.d_model)
+    time = layout.temporal * (projections + 4 * frames * c.d_model)
+    return c.superblocks * (c.time_every * mlp + (c.time_every - 1) * space + time)
