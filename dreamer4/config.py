@@ -1,0 +1,58 @@
+"""Configurations are frozen dataclasses; here they go to JSON, come back, and are compared."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dreamer4.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def to_json(config: Any) -> Any:
+    """Dataclasses as dicts, tuples as lists, paths as strings; what is left must already be JSON."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, (tuple, list)):
+        return [to_json(x) for x in config]
+    if isinstance(config, Path):
+        return str(config)
+    return config
+
+
+def from_json(kind: type[Config], value: Any, where: str = "config") -> Config:
+    """The inverse of ``to_json`` for the type ``kind``; a ``UserError`` names a field that is unknown or missing."""
+    return _restore(kind, value, where)
+
+
+def _restore(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: found {value!r}, expected the fields of {getattr(kind, '__name__', kind)}")
+        hints = typing.get_type_hints(kind)
+        unknown = value.keys() - {f.name for f in dataclasses.fields(kind)}
+        if unknown:
+            raise UserError(f"{where}.{sorted(unknown)[0]}: no such field in {getattr(kind, '__name__', kind)}")
+        return kind(**{name: _restore(hints[name], item, f"{where}.{name}") for name, item in value.items()})  # type: ignore[operator]
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _restore(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is tuple:
+        kinds = [arguments[0]] * len(value) if arguments[1:] == (Ellipsis,) else arguments
+        return tuple(_restore(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, value, strict=True)))
+    return Path(value) if kind is Path else value
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """The fields in which two JSON configs differ, one line each: ``name: old value, new value``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for name in sorted(old.keys() | new.keys()):
+            path = f"{where}.{name}" if where else name
+            lines += differences(old.get(name, "absent"), new.get(name, "absent"), path)
+        return lines
+    return [] if old == new else [f"{where}: {old!r} there, {new!r} asked for"]
