@@ -1,0 +1,71 @@
+"""The command line that every experiment shares: presets, run options, and errors in one sentence."""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from dreamer4.errors import UserError
+from dreamer4.train.environment import prepare_process
+from dreamer4.train.fit import Stopped
+from dreamer4.train.logging import Sink, TensorBoard, WandB
+
+Config = TypeVar("Config")
+DEFAULT_PRESET = "toy"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where a run lives and how it is started; nothing here changes what it computes."""
+
+    run_dir: Path
+    """Folder of the run: config, metrics, checkpoints, samples."""
+    resume: bool = True
+    """Go on from the newest checkpoint; otherwise what the folder holds is set aside first."""
+    dry_run: bool = False
+    """Print parameters, memory and FLOPs, and stop."""
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+def choose_preset(
+    presets: Mapping[str, tuple[str, Config]], arguments: Sequence[str] | None = None, default: str = DEFAULT_PRESET
+) -> Config:
+    """The configuration of the preset that the command line names first, ``default`` where it names none, with its
+    flags applied. ``presets`` gives each name a line of help and a configuration."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    asks_help = arguments[:1] in (["-h"], ["--help"])
+    if not asks_help and (not arguments or arguments[0].startswith("-")):
+        arguments.insert(0, default)
+    if not asks_help and arguments[0] not in presets:
+        close = difflib.get_close_matches(arguments[0], presets, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(presets)}"
+        raise UserError(f"preset: {arguments[0]!r} found; {hint}")
+    return tyro.extras.overridable_config_cli(dict(presets), args=arguments)
+
+
+def open_sinks(options: RunOptions, resolved: dict[str, Any], start: int) -> list[Sink]:
+    """What ``options`` ask for beside ``metrics.jsonl``, for a run that goes on from step ``start``."""
+    sinks: list[Sink] = []
+    if options.tensorboard:
+        sinks.append(TensorBoard(options.run_dir / "tensorboard", start))
+    if options.wandb:
+        sinks.append(WandB(options.run_dir, resolved))
+    return sinks
+
+
+def main(run: Callable[[], Any]) -> None:
+    """Runs an experiment: a ``UserError`` ends it with its sentence and status 2, a signal with its own status."""
+    prepare_process()
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signum)

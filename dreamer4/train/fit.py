@@ -1,0 +1,340 @@
+"""The training loop: any objective, any source, one device or many.
+
+The loop dispatches steps and hardly ever waits: it reads the metrics of a logged step after the next one is on its way,
+and saves in the background. Everything random follows from the seed and the number of the step, so that a run that was
+stopped, however roughly, goes on exactly as if it had not been.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from dreamer4.batch import Batch, BatchSpec
+from dreamer4.errors import UserError
+from dreamer4.train.checkpoint import Checkpoints
+from dreamer4.train.logging import MetricsLog, Progress, Sink
+from dreamer4.train.optimizer import OptimizerConfig, make_optimizer
+from dreamer4.train.run_folder import RunFolder
+from dreamer4.train.samples import write_gif, write_png
+from dreamer4.train.sharding import batch_sharding, make_mesh, place_batch, state_shardings
+from dreamer4.train.state import Objective, TrainState, init_state, make_step
+
+Shape = tuple[int, int]
+
+# Folded into the run's key before the step, so that no two draws share a key; the loss folds the bare step.
+START, DATA = 2**31, 2**31 + 1
+
+
+class Source(Protocol):
+    """Where batches come from: sent by the host, made inside the step, or both."""
+
+    @property
+    def spec(self) -> BatchSpec:
+        """The sizes of a batch, its actions included."""
+        ...
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The batch of step n is ``shapes[n % len(shapes)]`` = (B, T)."""
+        ...
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """What the host sends, step by step from ``start`` on: a function of the step alone."""
+        ...
+
+    def make(self, sent: Any, key: Array, shape: Shape) -> Batch:
+        """The batch from what was sent; pure, traced inside the step."""
+        ...
+
+    def clips(self, split: str, count: int, time: int) -> Batch:
+        """A fixed set of clips of a split."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length, batches and rhythm of a run."""
+
+    steps: int = 10_000
+    seed: int = 0
+    batch_size: int = 8
+    """Clips in a batch."""
+    clip_length: int = 16
+    """Frames in a clip."""
+    long_every: int = 0
+    """Every so-manieth batch has clips of ``long_length`` frames, as many frames in all; 0 for never."""
+    long_length: int = 64
+    accumulate: int = 1
+    """Parts of a batch whose gradients are averaged, one after another, into one step."""
+    ema_decay: float = 0.0
+    """Decay of the average of the parameters that is evaluated and used in their place; 0 keeps none."""
+    fsdp: int = 1
+    """Devices that share one copy of the parameters."""
+    log_every: int = 50
+    eval_every: int = 1000
+    checkpoint_every: int = 1000
+    eval_clips: int = 32
+    eval_length: int = 16
+    keep: int = 3
+    """Newest checkpoints to keep, beside the best."""
+    max_bad_steps: int = 20
+    """Steps in a row with gradients that are not finite after which the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "clip_length", "accumulate", "log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}: {getattr(self, name)} found, 1 or more expected")
+        for clips, _ in self.shapes:
+            if clips % self.accumulate:
+                raise UserError(f"train.accumulate: {self.accumulate} must divide the batch of {clips} clips")
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """(clips, frames) of the batches, in turn."""
+        short = (self.batch_size, self.clip_length)
+        if not self.long_every:
+            return (short,)
+        clips, rest = divmod(self.batch_size * self.clip_length, self.long_length)
+        if rest or not clips:
+            raise UserError(
+                f"train.long_length: {self.long_length} frames must divide the {self.batch_size * self.clip_length}"
+                " frames of a batch"
+            )
+        return (short,) * (self.long_every - 1) + ((clips, self.long_length),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The jitted functions of a run and where their arrays live."""
+
+    mesh: jax.sharding.Mesh
+    shapes: PyTree
+    """The state as ``ShapeDtypeStruct`` with shardings: what a checkpoint is restored into."""
+    init: Callable[[], TrainState]
+    step: Callable[[TrainState, PyTree, Any, Array, Shape], tuple[TrainState, dict[str, Array]]]
+    """``(state, frozen, sent, key, shape) -> (state, metrics)``; the state is donated."""
+
+
+def data_key(key: Array, step: Array | int) -> Array:
+    """The key of the data of a step, apart from that of its loss."""
+    return jax.random.fold_in(jax.random.fold_in(key, DATA), step)
+
+
+def make_program(objective: Objective, source: Source, config: TrainConfig, optimizer: OptimizerConfig) -> Program:
+    """Builds the step of a run; it compiles once for each batch shape, at its first call."""
+    mesh = make_mesh(config.fsdp)
+    for clips, _ in source.shapes:
+        if clips % mesh.size:
+            raise UserError(f"train.batch_size: {clips} clips cannot be split evenly over {mesh.size} devices")
+    tx = make_optimizer(optimizer, config.steps)
+    train_step = make_step(objective, tx, accumulate=config.accumulate, ema_decay=config.ema_decay)
+    start = functools.partial(init_state, objective, tx, ema=config.ema_decay > 0)
+    key = jax.random.key(config.seed)
+    shapes = jax.eval_shape(start, key)
+    shardings = state_shardings(mesh, shapes)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    @functools.partial(jax.jit, static_argnums=4, donate_argnums=0, out_shardings=(shardings, None))
+    def step(state: TrainState, frozen: PyTree, sent: Any, key: Array, shape: Shape) -> tuple[TrainState, Any]:
+        batch = source.make(sent, data_key(key, state.step), shape)
+        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        return train_step(state, frozen, batch, key)
+
+    # The start runs once: quick to compile counts, quick to run does not.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    init = jax.jit(start, out_shardings=shardings, compiler_options=quick)
+    return Program(mesh, shapes, functools.partial(init, jax.random.fold_in(key, START)), step)
+
+
+def fit(
+    objective: Objective,
+    source: Source,
+    config: TrainConfig,
+    optimizer: OptimizerConfig,
+    run: RunFolder,
+    resolved: dict[str, Any],
+    *,
+    frozen: PyTree = None,
+    best: str = "eval/psnr",
+    open_sinks: Callable[[int], Sequence[Sink]] = lambda start: (),
+) -> TrainState:
+    """Trains to ``config.steps``, from the run's newest checkpoint where it has one, and returns the final state.
+
+    ``resolved`` is the whole configuration as JSON, kept inside each checkpoint. ``frozen`` holds parameters that the
+    objective uses and does not train. ``best`` is the metric by which the best checkpoint is chosen. ``open_sinks``
+    is told the step that the run goes on from and opens what else shall receive the metrics.
+
+    Raises ``UserError`` where training cannot go on, and ``Stopped`` after SIGTERM or SIGINT, with the state saved.
+    """
+    program = make_program(objective, source, config, optimizer)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(run.checkpoints, config.keep))
+        resumed = checkpoints.latest() is not None
+        state, start = program.init(), 0
+        if resumed:
+            state, manifest = checkpoints.restore(program.shapes)
+            start = manifest["step"]
+        log = MetricsLog(run.metrics_path)
+        stack.callback(log.close)
+        log.resume_at(start)
+        sinks = [log, *open_sinks(start)]
+        for sink in sinks[1:]:
+            stack.callback(sink.close)
+        progress = stack.enter_context(Progress(config.steps, start))
+        if resumed:
+            progress.say(f"{run.path}: going on from step {start} of {config.steps}")
+        batches = source.batches(start)
+        if hasattr(batches, "close"):
+            stack.callback(batches.close)  # type: ignore[attr-defined]
+        stopped = stack.enter_context(_stop_signals())
+        loop = _Loop(objective, source, config, program, frozen, run, resolved, best, checkpoints, sinks, progress)
+        return loop.run(state, start, batches, stopped)
+
+
+class Stopped(Exception):  # noqa: N818 (it is no error)
+    """A signal asked for an end; the state after ``step`` is saved."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; step {step} is saved, the same command goes on")
+        self.signum = signum
+
+
+class _Loop:
+    """What happens between two steps of a run: metrics, evaluation, pictures, checkpoints."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        source: Source,
+        config: TrainConfig,
+        program: Program,
+        frozen: PyTree,
+        run: RunFolder,
+        resolved: dict[str, Any],
+        best: str,
+        checkpoints: Checkpoints,
+        sinks: Sequence[Sink],
+        progress: Progress,
+    ):
+        self.source, self.config, self.program, self.samples = source, config, program, run.samples
+        self.folder, self.resolved, self.best = run.path, resolved, best
+        self.checkpoints, self.sinks, self.progress = checkpoints, sinks, progress
+        self.key = jax.random.key(config.seed)
+        replicated = jax.sharding.NamedSharding(program.mesh, jax.sharding.PartitionSpec())
+        self.frozen = jax.device_put(frozen, replicated)
+        clips = source.clips("validation", config.eval_clips, config.eval_length)
+        self.clips = jax.device_put(clips, replicated)
+        self.shown = jax.tree.map(lambda x: x[: min(8, config.eval_clips)], self.clips)
+        self.evaluate, self.pictures = jax.jit(objective.evaluate), jax.jit(objective.pictures)
+        self.unread: tuple[int, dict[str, Array]] | None = None
+        self.wait, self.frames, self.clock = 0.0, 0, time.perf_counter()
+
+    def run(self, state: TrainState, start: int, batches: Iterator[Any], stopped: list[int]) -> TrainState:
+        shapes, metrics = self.source.shapes, {}
+        for step in range(start, self.config.steps):
+            sent = self.next_batch(batches)
+            shape = shapes[step % len(shapes)]
+            state, metrics = self.program.step(state, self.frozen, sent, self.key, shape)
+            self.frames += shape[0] * shape[1]
+            self.read()
+            self.after(step + 1, state, metrics, bool(stopped))
+            if stopped and step + 1 < self.config.steps:
+                raise Stopped(stopped[0], step + 1)
+        self.checkpoints.wait()
+        return state
+
+    def next_batch(self, batches: Iterator[Any]) -> Any:
+        start = time.perf_counter()
+        sent = place_batch(next(batches), self.program.mesh)
+        self.wait += time.perf_counter() - start
+        return sent
+
+    def after(self, step: int, state: TrainState, metrics: dict[str, Array], stopping: bool) -> None:
+        """What is due after ``step``: its metrics are kept to be read when the next step is on its way, unless the
+        evaluation or a checkpoint, which wait for the device anyway, come first."""
+        config, last = self.config, step == self.config.steps
+        if last or step % config.log_every == 0:
+            self.unread = (step, metrics)
+        evaluated = {}
+        if last or step % config.eval_every == 0:
+            evaluated = self.evaluation(state)
+            self.draw(step, state, film=last)
+            self.read(evaluated, step)
+        if last or stopping or step % config.checkpoint_every == 0:
+            self.read()
+            best = self.best if self.best in evaluated else None
+            self.checkpoints.save(step, state, evaluated, self.resolved, best)
+
+    def evaluation(self, state: TrainState) -> dict[str, float]:
+        values = self.evaluate(state.best_params, self.frozen, self.clips, self.key)
+        return {f"eval/{name}": float(value) for name, value in jax.device_get(values).items()}
+
+    def read(self, evaluated: dict[str, float] | None = None, step: int | None = None) -> None:
+        """Fetches the metrics of the last logged step, if there are any not yet read, and writes them down."""
+        values = dict(evaluated or {})
+        if self.unread is not None:
+            step, metrics = self.unread
+            values = {f"train/{name}": float(x) for name, x in jax.device_get(metrics).items()} | values
+            self.unread = None
+        if not values or step is None:
+            return
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        values |= {"frames_per_s": self.frames / seconds, "data_wait": self.wait / seconds}
+        self.wait, self.frames = 0.0, 0
+        for sink in self.sinks:
+            sink.write(step, values)
+        self.progress.update(step, values)
+        if values.get("train/skipped_in_a_row", 0) >= self.config.max_bad_steps:
+            self.give_up(step)
+
+    def draw(self, step: int, state: TrainState, film: bool) -> None:
+        frames = self.pictures(state.best_params, self.frozen, self.shown, self.key)
+        if jax.process_index() == 0:
+            frames = np.asarray(frames)
+            write_png(self.samples / f"step_{step}.png", frames[-1])
+            if film:
+                write_gif(self.samples / "final.gif", frames)
+
+    def give_up(self, step: int) -> None:
+        """Ends a run whose gradients are not finite, and leaves the batch of ``step`` behind for whoever looks."""
+        shape = self.source.shapes[(step - 1) % len(self.source.shapes)]
+        sent = next(self.source.batches(step - 1))
+        batch = jax.jit(self.source.make, static_argnums=2)(sent, data_key(self.key, step - 1), shape)
+        path = self.folder / f"bad_batch_{step}.npz"
+        arrays = {jax.tree_util.keystr(k, simple=True, separator="."): x for k, x in jax.tree.leaves_with_path(batch)}
+        np.savez(path, allow_pickle=False, **jax.device_get(arrays))
+        raise UserError(
+            f"train: the gradients of {self.config.max_bad_steps} steps or more up to step {step} were not finite;"
+            f" the last batch is in {path}, the last checkpoint is as it was"
+        )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT while it lasts, for the loop to end after its step; a second SIGINT ends at once."""
+    received: list[int] = []
+
+    def receive(signum: int, frame: Any) -> None:
+        if received and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {s: signal.signal(s, receive) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

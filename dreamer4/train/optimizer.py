@@ -1,0 +1,94 @@
+"""Optimizers and learning-rate schedules, from optax."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+
+from dreamer4.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Muon on the layers' matrices with AdamW on the rest; one schedule for both."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-4
+    """Peak of the schedule."""
+    adam_learning_rate: float | None = None
+    """With Muon, the peak for the parameters that Adam takes; None for the same."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
+    """After the warm-up: no decay, linear or cosine decay to the end, or stable and then linear decay (WSD)."""
+    warmup_steps: int = 1000
+    decay_fraction: float = 0.1
+    """Share of all steps in which a ``wsd`` schedule decays."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    clip: float | None = 1.0
+    """Largest global norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise UserError(f"optimizer.learning_rate: {self.learning_rate} found, a number above 0 expected")
+        if self.warmup_steps < 0:
+            raise UserError(f"optimizer.warmup_steps: {self.warmup_steps} found, 0 or more expected")
+
+
+def learning_rate(config: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:
+    """The learning rate of step n in a run of ``steps``; a run shorter than its warm-up warms up throughout."""
+    peak = config.learning_rate if peak is None else peak
+    warmup = min(config.warmup_steps, steps)
+    rest, end = max(steps - warmup, 1), peak * config.final_fraction
+    decay = min(max(int(steps * config.decay_fraction), 1), rest)
+    after = {
+        "constant": lambda: [(optax.constant_schedule(peak), rest)],
+        "linear": lambda: [(optax.linear_schedule(peak, end, rest), rest)],
+        "cosine": lambda: [(optax.cosine_decay_schedule(peak, rest, config.final_fraction), rest)],
+        "wsd": lambda: [
+            (optax.constant_schedule(peak), rest - decay),
+            (optax.linear_schedule(peak, end, decay), decay),
+        ],
+    }[config.schedule]()
+    parts = [(optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1)), warmup), *after]
+    borders = [sum(length for _, length in parts[: i + 1]) for i in range(len(parts) - 1)]
+    return optax.join_schedules([schedule for schedule, _ in parts], borders)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping, the optimizer and its schedule over ``steps``. Weight decay falls on matrices only."""
+    rate = learning_rate(config, steps)
+    if config.name == "adamw":
+        core = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
+    else:
+        core = optax.contrib.muon(
+            rate,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_learning_rate=learning_rate(config, steps, config.adam_learning_rate),
+            muon_weight_dimension_numbers=_muon_axes,
+        )
+    return core if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), core)
+
+
+def _is_matrix(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, x: _name(path[-1]) == "kernel", params)
+
+
+def _muon_axes(params: Any) -> Any:
+    """Which axes of a parameter make the matrix that Muon orthogonalises: those of the kernels inside the scanned
+    layers, whose first axis counts the layers. Embeddings and heads are Adam's, as Muon's authors advise."""
+
+    def axes(path: tuple, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        inside = any(_name(part) == "blocks" for part in path) and _name(path[-1]) == "kernel"
+        return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1) if inside else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _name(part: Any) -> str:
+    return str(getattr(part, "key", part))

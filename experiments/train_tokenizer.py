@@ -1,0 +1,196 @@
+"""Train the causal tokenizer: ``uv run experiments/train_tokenizer.py [PRESET] [FLAGS]``.
+
+With no arguments it trains on the toy world. The run's folder then holds ``metrics.jsonl``, ``checkpoints/``, and in
+``samples/`` pictures in which each column is a clip: the truth, what a half-masked encoder sees, the reconstruction of
+the whole frame, and the difference.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+from dreamer4.batch import BatchSpec
+from dreamer4.config import to_json
+from dreamer4.data.loader import StoreSource
+from dreamer4.data.toy import ToyConfig, ToySource
+from dreamer4.errors import UserError
+from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, tokenizer_flops
+from dreamer4.nn.perceptual import Net, available, load_weights, lpips
+from dreamer4.nn.transformer import TransformerConfig, parameter_count
+from dreamer4.objectives.masked_autoencoding import MaskedAutoencoding, MaskingConfig
+from dreamer4.train.cli import RunOptions, choose_preset, main, open_sinks
+from dreamer4.train.environment import describe
+from dreamer4.train.fit import Source, TrainConfig, fit, make_program
+from dreamer4.train.optimizer import OptimizerConfig
+from dreamer4.train.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceptualConfig:
+    """LPIPS beside the squared error."""
+
+    net: Net | Literal["off"] = "off"
+    """Network whose features are compared; its weights come with the extra ``perceptual``."""
+    weights: Path | None = None
+    """File of weights to use in place of the extra's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A tokenizer's training run."""
+
+    run: Annotated[RunOptions, tyro.conf.OmitArgPrefixes] = RunOptions(Path("runs/tokenizer"))
+    data: Path | None = None
+    """Data set to train on (a folder that record.py made); without one, the toy world."""
+    toy: ToyConfig = ToyConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    masking: MaskingConfig = MaskingConfig()
+    perceptual: PerceptualConfig = PerceptualConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+
+TOY = Config(
+    tokenizer=TokenizerConfig(
+        patch=8,
+        latents=16,
+        bottleneck=64,
+        start="structured",
+        transformer=TransformerConfig(
+            d_model=64, depth=4, heads=4, mlp_ratio=2.7, context=16, qk_gain=4.0, soft_cap=None
+        ),
+    ),
+    masking=MaskingConfig(ramp=(1 / 6, 0.9)),
+    optimizer=OptimizerConfig(
+        name="muon", learning_rate=3e-3, schedule="linear", warmup_steps=50, final_fraction=0.02, weight_decay=0.0
+    ),
+    train=TrainConfig(steps=8000, clip_length=2, long_every=4, long_length=8, eval_every=2000, checkpoint_every=1000),
+)
+
+DEBUG = dataclasses.replace(
+    TOY,
+    run=RunOptions(Path("runs/tokenizer_debug")),
+    toy=ToyConfig(height=16, width=16, max_side=8),
+    tokenizer=TokenizerConfig(
+        patch=8, latents=4, bottleneck=8, transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2)
+    ),
+    train=TrainConfig(
+        steps=20,
+        batch_size=4,
+        clip_length=2,
+        log_every=2,
+        eval_every=10,
+        checkpoint_every=5,
+        eval_clips=4,
+        eval_length=4,
+    ),
+)
+
+ATARI = Config(
+    run=RunOptions(Path("runs/tokenizer_atari")),
+    data=Path("data/breakout"),
+    tokenizer=TokenizerConfig(
+        patch=10,
+        latents=64,
+        bottleneck=32,
+        transformer=TransformerConfig(d_model=128, depth=4, heads=8, mlp_ratio=2.7, context=16),
+    ),
+    masking=MaskingConfig(perceptual_share=0.25),
+    perceptual=PerceptualConfig(net="alex"),
+    train=TrainConfig(
+        steps=20_000, batch_size=8, clip_length=16, log_every=5, eval_every=200, checkpoint_every=200, eval_clips=8
+    ),
+)
+
+REFERENCE = Config(
+    run=RunOptions(Path("runs/tokenizer_reference")),
+    tokenizer=TokenizerConfig(
+        patch=4, latents=16, bottleneck=32, transformer=TransformerConfig(d_model=64, depth=8, heads=4, context=16)
+    ),
+)
+
+PAPER = Config(
+    run=RunOptions(Path("runs/tokenizer_paper")),
+    toy=ToyConfig(height=384, width=640, max_side=128),
+    tokenizer=TokenizerConfig(
+        patch=16,
+        latents=512,
+        bottleneck=16,
+        transformer=TransformerConfig(
+            d_model=1024, depth=16, heads=16, mlp_ratio=8 / 3, context=192, dtype="bfloat16", remat=True
+        ),
+    ),
+    perceptual=PerceptualConfig(net="vgg"),
+    train=TrainConfig(steps=200_000, batch_size=32, clip_length=64),
+)
+
+PRESETS = {
+    "toy": ("bouncing squares, minutes on two cores (default)", TOY),
+    "debug": ("the smallest thing that trains, seconds", DEBUG),
+    "atari": ("real Atari frames of 210x160 from --data", ATARI),
+    "reference": ("the size that benchmarks are stated for", REFERENCE),
+    "paper": ("the paper's 400 M parameters, for accelerators", PAPER),
+}
+
+
+def make_source(config: Config) -> Source:
+    """The data set of ``config``, or the toy world."""
+    if config.data is None:
+        return ToySource(config.toy, config.train.shapes, config.train.seed)
+    if not config.data.exists():
+        raise UserError(
+            f"data: there is no {config.data}; record one with"
+            f" uv run --extra atari experiments/record.py atari --game Breakout --episodes 30 --out {config.data}"
+        )
+    return StoreSource(config.data, config.train.shapes, config.train.seed)
+
+
+def make_objective(config: Config, spec: BatchSpec) -> tuple[MaskedAutoencoding, dict | None]:
+    """The objective for frames of ``spec``, and the weights of its perceptual term."""
+    model = Tokenizer(config.tokenizer, spec.height, spec.width, spec.channels)
+    model.grid  # noqa: B018 (a patch that does not fit says so here, before anything starts)
+    net, weights, distance = config.perceptual.net, None, None
+    if net != "off":
+        if config.perceptual.weights is None and not available(net):
+            print("LPIPS is off: its weights come with the extra perceptual (uv run --extra perceptual ...)")
+        else:
+            weights = load_weights(net, config.perceptual.weights)
+            distance = functools.partial(lpips, dtype=config.tokenizer.transformer.dtype)
+    return MaskedAutoencoding(model, config.masking, config.train.steps, distance), weights
+
+
+def dry_run(objective: MaskedAutoencoding, source: Source, config: Config) -> None:
+    """Prints what the run would take, without running it."""
+    program = make_program(objective, source, config.train, config.optimizer)
+    params = program.shapes.params
+    clips, frames = config.train.shapes[0]
+    flops = 3 * tokenizer_flops(objective.model, frames) * clips * frames
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.shapes))
+    print(f"parameters   {parameter_count(params) / 1e6:,.2f} M")
+    print(f"memory       {total / 2**20:,.1f} MiB of state (parameters, optimizer), activations not counted")
+    print(f"FLOPs        {flops / 1e9:,.1f} G per step of {clips} x {frames} frames")
+
+
+def train(config: Config) -> None:
+    """One run, from its configuration to its final pictures."""
+    source = make_source(config)
+    objective, weights = make_objective(config, source.spec)
+    if config.run.dry_run:
+        dry_run(objective, source, config)
+        return
+    resolved = to_json(dataclasses.replace(config, run=None))
+    resolved["frame"] = [source.spec.height, source.spec.width, source.spec.channels]
+    with RunFolder.open(config.run.run_dir, resolved) as run:
+        (run.path / "environment.json").write_text(json.dumps(describe(), indent=2) + "\n")
+        sinks = functools.partial(open_sinks, config.run, resolved)
+        fit(objective, source, config.train, config.optimizer, run, resolved, frozen=weights, open_sinks=sinks)
+        print(f"done: pictures in {run.samples}, metrics in {run.metrics_path}")
+
+
+if __name__ == "__main__":
+    main(lambda: train(choose_preset(PRESETS)))
