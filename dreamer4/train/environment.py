@@ -1,0 +1,107 @@
+"""The process a run lives in: how it is set up, and what it was made of."""
+
+import ctypes
+import importlib.metadata
+import logging
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "dreamer4-jax")
+_log = logging.getLogger(__name__)
+
+
+def prepare_process(compilation_cache: bool = True) -> None:
+    """Sets up memory and, unless told otherwise, jax's persistent compilation cache in the user's cache folder.
+
+    To be called before jax first computes: its threads keep the memory arenas that they started with.
+    ``JAX_COMPILATION_CACHE_DIR`` and ``XDG_CACHE_HOME`` are respected; a folder that cannot be written is passed over
+    with a warning.
+    """
+    _keep_freed_memory()
+    if compilation_cache:
+        _cache_compilations()
+    else:
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
+def describe() -> dict[str, Any]:
+    """What a run was made of: versions, commit, devices. It names no path and no host."""
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "backend": devices[0].platform,
+        "devices": {kind: sum(d.device_kind == kind for d in devices) for kind in {d.device_kind for d in devices}},
+        "processes": jax.process_count(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": _git_state(),
+    }
+
+
+def _keep_freed_memory() -> None:
+    # XLA on CPU frees the buffers of a step at its end, and glibc gives blocks of that size back to the system, so
+    # that every step faults all of its pages in again: a third of the speed of a small model. One arena that neither
+    # maps blocks on their own nor trims its top keeps them for the next step.
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, -1)
+    mallopt(_M_ARENA_MAX, 1)
+
+
+def _cache_compilations() -> None:
+    folder = (
+        os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/dreamer4/xla"
+    )
+    try:
+        if "://" not in folder:  # a bucket needs no folder
+            folder = _writable(Path(folder))
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        _log.warning("compilations are not kept for the next start: %s", error)
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    # A run starts with dozens of small compilations; by default jax keeps only those of more than a second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _writable(folder: Path) -> str:
+    folder = folder.expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")
+    return str(folder)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """The commit of the checkout this package lies in, and whether it was changed since; None elsewhere."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        commit = _git(checkout, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(checkout, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(checkout), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
