@@ -1,0 +1,113 @@
+"""From a store to batches: what the training loop reads."""
+
+import dataclasses
+import sys
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from dreamer4.batch import Batch, BatchSpec
+from dreamer4.data.episodes import EpisodeEntry, EpisodeStore, Split
+from dreamer4.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Every run of ``time`` frames inside one episode: window i starts at row ``self[i]`` of the store."""
+
+    first_rows: np.ndarray
+    ends: np.ndarray  # of each episode in the count of windows
+
+    @classmethod
+    def of(cls, episodes: Sequence[EpisodeEntry], time: int) -> "Windows":
+        counts = np.array([max(e.length - time + 1, 0) for e in episodes])
+        return cls(np.array([e.start for e in episodes]), np.cumsum(counts))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, i: int) -> int:
+        episode = int(np.searchsorted(self.ends, i, side="right"))
+        before = int(self.ends[episode - 1]) if episode else 0
+        return int(self.first_rows[episode]) + i - before
+
+
+class StoreSource:
+    """Batches of random windows from one split of a store.
+
+    Step n has the shape (B, T) ``shapes[n % len(shapes)]``, and its batch is a function of ``seed`` and n alone. Over
+    the steps of one T, each window comes once before any comes again. The first frame of a window keeps the action and
+    reward that led to it. The true state comes with ``clips`` only.
+
+    ``threads`` fetch up to ``prefetch`` batches ahead. Raises UserError where ``path`` is no whole data set, the split
+    is empty, no episode is as long as the window, or there are fewer windows than a batch takes.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        shapes: Sequence[tuple[int, int]],
+        seed: int,
+        split: Split = "train",
+        *,
+        threads: int = 2,
+        prefetch: int = 4,
+    ):
+        self.shapes = tuple(shapes)
+        self._store = EpisodeStore(path, threads=threads)
+        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        self._orders = {}
+        for time in sorted({time for _, time in self.shapes}):
+            largest = max(batch for batch, t in self.shapes if t == time)
+            windows = self._windows(split, time, at_least=largest)
+            # Grain's order of epoch e with seed s is that of epoch e - 1 with s + 1: neighbouring seeds must not meet.
+            order_seed = int(np.random.SeedSequence((seed, time)).generate_state(1)[0])
+            order = grain.MapDataset.range(len(windows)).shuffle(order_seed).repeat()
+            self._orders[time] = order.map(windows.__getitem__)
+        self._steps = grain.MapDataset.range(sys.maxsize).map(self._batch)
+
+    @property
+    def spec(self) -> BatchSpec:
+        """The sizes of the batches of step 0."""
+        schema = self._store.index.schema
+        return BatchSpec(*self.shapes[0], *schema.frame, actions=schema.actions)
+
+    def batches(self, start: int) -> Generator[Batch, None, None]:
+        """The batches from step ``start`` on, on the host. Close the iterator to stop its threads."""
+        iterator = iter(self._steps[start:].to_iter_dataset(self._options))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    def make(self, sent: Batch, key: PRNGKeyArray, shape: tuple[int, int]) -> Batch:
+        """What the jitted step trains on: the batch as it was sent."""
+        del key, shape
+        return sent
+
+    def clips(self, split: Split, count: int, time: int) -> Batch:
+        """``count`` windows spread evenly over a split, with the true state: the same at each call."""
+        windows = self._windows(split, time, at_least=count)
+        chosen = np.linspace(0, len(windows) - 1, count).astype(int)
+        return self._store.read([windows[int(i)] for i in chosen], time, state=True)
+
+    def _windows(self, split: Split, time: int, *, at_least: int) -> Windows:
+        episodes = self._store.episodes(split)
+        windows = Windows.of(episodes, time)
+        where = f"{self._store.path}, split {split}"
+        if not len(windows):
+            longest = max(e.length for e in episodes)
+            raise UserError(f"{where}: the longest episode has {longest} frames, shorter than a window of {time}")
+        if len(windows) < at_least:
+            raise UserError(f"{where}: there are {len(windows)} windows of {time} frames, a batch takes {at_least}")
+        return windows
+
+    def _batch(self, step: int) -> Batch:
+        cycle, slot = divmod(step, len(self.shapes))
+        batch, time = self.shapes[slot]
+        same_time = [b if t == time else 0 for b, t in self.shapes]
+        first = cycle * sum(same_time) + sum(same_time[:slot])
+        return self._store.read([self._orders[time][first + i] for i in range(batch)], time)

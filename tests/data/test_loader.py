@@ -1,0 +1,186 @@
+import itertools
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dreamer4.batch import ActionComponent
+from dreamer4.data.episodes import Column, Episode, EpisodeStore, EpisodeWriter, Schema, split_of
+from dreamer4.data.loader import StoreSource
+from dreamer4.errors import UserError
+
+SHAPES = ((3, 4), (3, 4), (2, 8))
+LENGTHS = (30, 5, 12, 40, 3, 9, 33)
+SCHEMA = Schema(
+    (4, 4, 3), (ActionComponent("key", "categorical", 1000),), 15.0, {"row": Column((), np.dtype(np.int32))}
+)
+
+
+def write(path, lengths=LENGTHS):
+    """Episodes whose every column says which row of the store it belongs to."""
+    end = 0
+    with EpisodeWriter(path, SCHEMA, {}) as writer:
+        for i, length in enumerate(lengths):
+            row = np.arange(end, end + length, dtype=np.int32)
+            first = row == end
+            episode = Episode(
+                video=np.broadcast_to(row.astype(np.uint8)[:, None, None, None], (length, 4, 4, 3)),
+                action={"key": np.where(first, 0, row).astype(np.int32)},
+                reward=np.where(first, 0, row).astype(np.float32),
+                is_first=first,
+                is_terminal=row == end + length - 1,
+                state={"row": row},
+            )
+            writer.add(f"e{i}", episode)
+            end += length
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("loader") / "store"
+    write(path)
+    return path
+
+
+def take(source, start, count):
+    batches = source.batches(start)
+    try:
+        return list(itertools.islice(batches, count))
+    finally:
+        batches.close()
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def train_episodes(path):
+    return [e for e in EpisodeStore(path).index.episodes if split_of(e.id) == "train"]
+
+
+@pytest.mark.parametrize(("start", "threads", "prefetch"), [(0, 1, 1), (7, 2, 4), (11, 4, 9)])
+def test_batch_n_is_a_function_of_seed_and_n_alone(path, start, threads, prefetch):
+    expected = take(StoreSource(path, SHAPES, seed=5), 0, 14)
+    source = StoreSource(path, SHAPES, seed=5, threads=threads, prefetch=prefetch)
+    assert_same(take(source, start, 14 - start), expected[start:])
+    assert_same(take(source, start, 2), expected[start : start + 2])
+
+
+def test_seeds_differ_also_one_epoch_later(path):
+    def rows(seed):
+        batches = take(StoreSource(path, ((20, 4),), seed), 0, 40)
+        return np.concatenate([b.video[:, 0, 0, 0, 0] for b in batches])
+
+    windows = sum(max(e.length - 3, 0) for e in train_episodes(path))
+    a, b = rows(0), rows(1)
+    assert (a[: 2 * windows] != b[: 2 * windows]).any()
+    # Grain itself would give seed 1 the second epoch of seed 0 as its first.
+    assert (a[windows : 2 * windows] != b[:windows]).any()
+    assert (a[:windows] != a[windows : 2 * windows]).any()
+
+
+def test_step_n_has_the_shape_of_its_turn(path):
+    source = StoreSource(path, SHAPES, seed=0)
+    assert [b.video.shape[:2] for b in take(source, 1, 5)] == [SHAPES[n % 3] for n in range(1, 6)]
+    assert (source.spec.batch, source.spec.time) == SHAPES[0]
+    assert (source.spec.height, source.spec.width, source.spec.channels) == SCHEMA.frame
+    assert source.spec.actions == SCHEMA.actions
+    batch = take(source, 0, 1)[0]
+    assert batch.video.dtype == np.uint8
+    assert source.make(batch, jax.random.key(0), SHAPES[0]) is batch
+
+
+def test_no_window_crosses_an_episode_end_and_columns_stay_together(path):
+    episodes = train_episodes(path)
+    starts = {e.start for e in episodes}
+    inside = [set(range(e.start, e.start + e.length)) for e in episodes]
+    seen_inside_an_episode = False
+    for batch in take(StoreSource(path, SHAPES, seed=0), 0, 90):
+        for video, key, reward, is_first, is_terminal in zip(
+            batch.video, batch.action["key"], batch.reward, batch.is_first, batch.is_terminal, strict=True
+        ):
+            rows = video[:, 0, 0, 0].astype(int)
+            assert (np.diff(rows) == 1).all()
+            assert any(set(rows) <= episode for episode in inside)
+            assert is_first.tolist() == [row in starts for row in rows]
+            # A window's first frame keeps what led to it, unless it is the episode's first.
+            np.testing.assert_array_equal(key, np.where(is_first, 0, rows))
+            np.testing.assert_array_equal(reward, np.where(is_first, 0, rows))
+            assert not is_terminal[:-1].any()
+            seen_inside_an_episode |= not is_first[0]
+    assert seen_inside_an_episode
+
+
+def test_every_window_comes_once_per_epoch_for_each_length(path):
+    steps = take(StoreSource(path, SHAPES, seed=3), 0, 300)
+    for window in (4, 8):
+        first_rows = [int(v[0, 0, 0, 0]) for b in steps if b.video.shape[1] == window for v in b.video]
+        expected = sorted(row for e in train_episodes(path) for row in range(e.start, e.start + e.length - window + 1))
+        n = len(expected)
+        assert len(first_rows) >= 2 * n
+        for epoch in (0, 1):
+            assert sorted(first_rows[epoch * n : (epoch + 1) * n]) == expected
+
+
+def test_clips_are_held_out_and_always_the_same(path):
+    clips = StoreSource(path, SHAPES, seed=0).clips("validation", 6, 8)
+    assert_same([clips], [StoreSource(path, ((5, 2),), seed=9).clips("validation", 6, 8)])
+    (entry,) = [e for e in EpisodeStore(path).index.episodes if split_of(e.id) == "validation"]
+    rows = clips.state["row"]
+    assert len(set(rows[:, 0].tolist())) == 6
+    assert rows[0, 0] == entry.start
+    assert rows[-1, -1] == entry.start + entry.length - 1
+    np.testing.assert_array_equal(clips.video[..., 0, 0, 0], rows)
+
+
+def test_batches_are_fetched_before_they_are_asked_for(path, monkeypatch):
+    reads = []
+    read = EpisodeStore.read
+    monkeypatch.setattr(EpisodeStore, "read", lambda self, *a, **k: (reads.append(1), read(self, *a, **k))[1])
+    batches = StoreSource(path, SHAPES, seed=0, prefetch=4).batches(0)
+    next(batches)
+    wait_until(lambda: len(reads) >= 5)
+    batches.close()
+
+
+def test_closing_ends_the_threads(path):
+    before = set(threading.enumerate())
+    batches = StoreSource(path, SHAPES, seed=0, threads=3).batches(0)
+    next(batches)
+    assert set(threading.enumerate()) > before
+    batches.close()
+    wait_until(lambda: not set(threading.enumerate()) - before)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shapes", "message"),
+    [
+        ((5, 7), ((2, 8),), "split train: the longest episode has 7 frames, shorter than a window of 8"),
+        ((5, 7), ((9, 4),), "split train: there are 6 windows of 4 frames, a batch takes 9"),
+    ],
+)
+def test_too_little_data_is_an_error(tmp_path, lengths, shapes, message):
+    write(tmp_path / "a", lengths)
+    with pytest.raises(UserError, match=message):
+        StoreSource(tmp_path / "a", shapes, seed=0)
+    with pytest.raises(UserError, match="no validation episodes"):
+        StoreSource(tmp_path / "a", ((2, 2),), seed=0).clips("validation", 2, 2)
+
+
+def test_damage_found_by_a_thread_reaches_the_reader(tmp_path):
+    write(tmp_path / "a")
+    for chunk in (tmp_path / "a" / "video").glob("c.*"):
+        chunk.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="is damaged"):
+        take(StoreSource(tmp_path / "a", SHAPES, seed=0), 0, 1)
