@@ -1,0 +1,208 @@
+"""Atari games as a source of episodes, played with ale-py, which carries its games.
+
+Frames are the emulator's own 210x160 RGB. For Breakout and Pong the console's RAM gives the true state, in pixels of
+the frame: (x, y) of an object's centre, where pixel i covers i - 0.5 to i + 0.5.
+"""
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dreamer4.batch import ActionComponent
+from dreamer4.data.episodes import Column, Episode, Schema
+from dreamer4.errors import UserError
+
+FRAME = (210, 160, 3)
+EMULATOR_RATE = 60.0
+PIECE = 256  # frames handed on at a time, so that a long episode is never in memory whole
+LONGEST_HOLD = {"random": 1, "hold": 16}
+
+State = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class AtariConfig:
+    """How to play. Frames, actions and rewards are those of a decision, which lasts ``frame_skip`` emulator frames."""
+
+    game: str = "Breakout"
+    """Any game that ale-py carries."""
+    policy: Literal["random", "hold"] = "hold"
+    """random: a new action at every step; hold: commit to a random action for 1 to 16 steps."""
+    frame_skip: int = 4
+    """Emulator frames (60 a second) per action; only the last one is kept."""
+    sticky: float = 0.25
+    """The probability that the emulator repeats the previous action instead (Machado et al. 2018)."""
+    fire: bool = True
+    """Press FIRE at the start and after each lost life, so that play goes on in games that wait for it."""
+    max_frames: int = 27_000
+    """The most frames in an episode, which is cut there; 27,000 are half an hour."""
+
+
+def breakout_state(ram: UInt8[np.ndarray, "128"]) -> State:
+    """Ball, paddle and bricks (6 rows from the top, 18 in a row) of Breakout. The ball is out of play between lives."""
+    x, y, paddle = float(ram[99]), float(ram[101]), float(ram[72])
+    # A row of bricks is a row of the console's playfield: two bits a brick, in six registers whose bits run in turn
+    # from high to low and from low to high. Each register keeps its six rows together, the bottom row first.
+    registers = [(30, (7,)), (24, (7, 5, 3, 1)), (18, (0, 2, 4, 6)), (12, (4, 6)), (6, (7, 5, 3, 1)), (0, (0, 2, 4))]
+    rows = [[ram[start + row] >> bit & 1 for start, bits in registers for bit in bits] for row in range(5, -1, -1)]
+    return {
+        "ball": np.array([x - 48.5, y + 10.5], np.float32),
+        "ball_visible": np.array(0 < y < 184),
+        "paddle": np.array([paddle - 39.5, 190.5], np.float32),
+        "bricks": np.array(rows, bool),
+    }
+
+
+def pong_state(ram: UInt8[np.ndarray, "128"]) -> State:
+    """Ball, own paddle (right) and the opponent's (left) of Pong. The ball is out of play between points."""
+    ball_x, ball_y, paddle, opponent = (float(ram[i]) for i in (49, 54, 51, 50))
+    return {
+        "ball": np.array([ball_x - 48.5, ball_y - 12.5], np.float32),
+        # Between points x is 0; at the top and the bottom the ball's 4 rows may lie behind the border (rows 34 to 193).
+        "ball_visible": np.array(ball_x > 0 and 45 <= ball_y <= 207),
+        "paddle": np.array([141.5, paddle - 6.0], np.float32),
+        "opponent": np.array([17.5, opponent - 7.5], np.float32),
+    }
+
+
+STATES: dict[str, Callable[[np.ndarray], State]] = {"breakout": breakout_state, "pong": pong_state}
+
+
+class Game:
+    """One game in the emulator; ``actions`` are the names of its minimal set.
+
+    Raises UserError where ale-py is missing or carries no such game.
+    """
+
+    def __init__(self, config: AtariConfig):
+        _check(config)
+        try:
+            from ale_py import ALEInterface, LoggerMode, roms  # an extra: the rest of the package works without it
+        except ImportError:
+            raise UserError("playing Atari needs ale-py: install the extra with `uv sync --extra atari`") from None
+        self.config = config
+        self.name = _rom_name(config.game, roms.get_all_rom_ids())
+        ALEInterface.setLoggerMode(LoggerMode.Error)
+        self._ale = ALEInterface()
+        self._ale.setInt("frame_skip", config.frame_skip)
+        self._ale.setFloat("repeat_action_probability", config.sticky)
+        self._rom = str(roms.get_rom_path(self.name))
+        self.reset(0)
+        self._codes = self._ale.getMinimalActionSet()
+        self.actions = tuple(code.name for code in self._codes)
+
+    def reset(self, seed: int) -> None:
+        """Starts anew; ``seed`` decides all that the emulator leaves to chance."""
+        self._ale.setInt("random_seed", seed)
+        # Only loading the game takes the seed up.
+        self._ale.loadROM(self._rom)
+
+    def step(self, action: int) -> float:
+        """Plays one action, an index into ``actions``, and returns the reward."""
+        return float(self._ale.act(self._codes[action]))
+
+    @property
+    def over(self) -> bool:
+        return self._ale.game_over(with_truncation=False)
+
+    @property
+    def lives(self) -> int:
+        return self._ale.lives()
+
+    def frame(self) -> UInt8[np.ndarray, "H W C"]:
+        return self._ale.getScreenRGB()
+
+    def state(self) -> State:
+        """The true state, where this module can read the game's RAM; else nothing."""
+        return STATES[self.name](self._ale.getRAM()) if self.name in STATES else {}
+
+    def schema(self) -> Schema:
+        """What the store must know of the game's episodes."""
+        return Schema(
+            frame=FRAME,
+            actions=(ActionComponent("action", "categorical", len(self.actions)),),
+            frame_rate=EMULATOR_RATE / self.config.frame_skip,
+            state={name: Column(value.shape, value.dtype) for name, value in self.state().items()},
+            action_names={"action": self.actions},
+        )
+
+
+def play(game: Game, seed: int, number: int) -> Iterator[Episode]:
+    """Episode ``number`` of those that ``seed`` gives, in pieces; no other episode has a say in it."""
+    config = game.config
+    rng = np.random.default_rng((seed, number))
+    game.reset(int(rng.integers(2**31)))
+    steps = itertools.islice(_steps(game, rng), config.max_frames)
+    while piece := list(itertools.islice(steps, PIECE)):
+        yield _stack(piece)
+
+
+def _steps(game: Game, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Each frame with what led to it and the state at it."""
+    actions = _committed_actions(rng, len(game.actions), LONGEST_HOLD[game.config.policy])
+    fire = game.actions.index("FIRE") if game.config.fire and "FIRE" in game.actions else None
+    yield _observe(game, action=0, reward=0.0, is_first=True)
+    lives = None
+    while not game.over:
+        action = next(actions)
+        if fire is not None and (lives is None or game.lives < lives):
+            action = fire
+        lives = game.lives
+        reward = game.step(action)
+        yield _observe(game, action=action, reward=reward, is_first=False)
+
+
+def _observe(game: Game, *, action: int, reward: float, is_first: bool) -> dict[str, Any]:
+    return {
+        "video": game.frame(),
+        "action": np.int32(action),
+        "reward": np.float32(reward),
+        "is_first": is_first,
+        "is_terminal": game.over,
+        "state": game.state(),
+    }
+
+
+def _stack(steps: list[dict[str, Any]]) -> Episode:
+    def column(name: str) -> np.ndarray:
+        return np.stack([step[name] for step in steps])
+
+    return Episode(
+        video=column("video"),
+        action={"action": column("action")},
+        reward=column("reward"),
+        is_first=column("is_first"),
+        is_terminal=column("is_terminal"),
+        state={name: np.stack([step["state"][name] for step in steps]) for name in steps[0]["state"]},
+    )
+
+
+def _committed_actions(rng: np.random.Generator, count: int, longest: int) -> Iterator[int]:
+    """Random actions, each for 1 to ``longest`` steps."""
+    while True:
+        yield from itertools.repeat(int(rng.integers(count)), int(rng.integers(1, longest + 1)))
+
+
+def _rom_name(game: str, known: list[str]) -> str:
+    """``MsPacman``, ``ms_pacman`` and ``mspacman`` all name the same game."""
+    names = {name.replace("_", ""): name for name in known}
+    wanted = game.replace("_", "").replace("-", "").lower()
+    if wanted not in names:
+        near = difflib.get_close_matches(wanted, names, n=1)
+        hint = f"did you mean {names[near[0]]}?" if near else f"expected one of {', '.join(sorted(known))}"
+        raise UserError(f"ale-py carries no game {game!r}: {hint}")
+    return names[wanted]
+
+
+def _check(config: AtariConfig) -> None:
+    if config.frame_skip < 1:
+        raise UserError(f"frame_skip is {config.frame_skip}, expected at least 1")
+    if not 0 <= config.sticky < 1:
+        raise UserError(f"sticky is {config.sticky}, expected a probability below 1")
+    if config.max_frames < 2:
+        raise UserError(f"max_frames is {config.max_frames}, expected at least 2")
