@@ -347,8 +347,7 @@ class _ColumnWriter:
     """Appends rows to one array, in writes that end on chunk borders so that each chunk is encoded once."""
 
     def __init__(self, array: ts.TensorStore, rows: int):
-        # Cutting back first drops what a torn append may have left behind.
-        self._array = array.resize(exclusive_max=[rows, *array.shape[1:]]).result()
+        self._array = array  # longer than ``rows`` after a torn append, whose rows are written over or cut off
         self._chunk: int = array.spec().to_json()["metadata"]["chunk_grid"]["configuration"]["chunk_shape"][0]
         self._pending: list[ts.WriteFutures] = []
         self._buffer: list[np.ndarray] = []

@@ -189,6 +189,23 @@ def test_an_episode_depends_on_the_seed_and_its_number_alone():
     assert all((other != first).any() for other in others)
 
 
+def test_the_seed_decides_what_the_emulator_leaves_to_chance(monkeypatch):
+    game = Game(AtariConfig(game="Breakout", sticky=0.5))
+
+    def frames(seed):
+        game.reset(seed)
+        return [(game.step(action), game.frame())[1] for action in [1, 2, 3] * 20]
+
+    np.testing.assert_array_equal(frames(1), frames(1))
+    assert (np.stack(frames(1)) != frames(2)).any()
+    seeds = []
+    monkeypatch.setattr(game, "reset", seeds.append)
+    for seed, number in ((0, 5), (0, 6), (1, 5), (0, 5)):
+        next(play(game, seed, number))
+    assert len(set(seeds)) == 3
+    assert seeds[0] == seeds[3]
+
+
 def test_a_long_episode_is_cut_and_comes_in_pieces():
     game, pieces = record(game="Pong", frames=300)
     assert [len(piece) for piece in pieces] == [256, 44]

@@ -122,14 +122,14 @@ def test_windows_come_as_a_batch(tmp_path):
     with EpisodeWriter(tmp_path / "a", SCHEMA, SOURCE, append=True) as writer:
         writer.add("e2", make_episode(2, 20), labelled=False)
     store = EpisodeStore(tmp_path / "a")
-    batch = store.read([3, 41, 91], 8, state=True)
-    for b, (number, start) in enumerate([(0, 3), (1, 1), (2, 1)]):
+    batch = store.read([32, 40, 90], 8, state=True)
+    for b, (number, start) in enumerate([(0, 32), (1, 0), (2, 0)]):
         expected = cut(make_episode(number, [40, 50, 20][number]), start, start + 8)
         np.testing.assert_array_equal(batch.video[b], expected.video)
         np.testing.assert_array_equal(batch.action["stick"][b], expected.action["stick"])
         np.testing.assert_array_equal(batch.state["ball"][b], expected.state["ball"])
     assert batch.labelled.tolist() == [True, True, False]
-    assert store.read([3], 8).state == {}
+    assert store.read([32], 8).state == {}
 
 
 def test_appending_gives_what_writing_at_once_gives(tmp_path):
@@ -146,6 +146,25 @@ def test_new_rows_are_invisible_until_the_index_names_them(tmp_path):
         writer.add("e2", make_episode(2, 500))
         assert_holds(tmp_path / "a", [10, 45])
     assert_holds(tmp_path / "a", [10, 45, 500])
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_the_index_comes_last(tmp_path, monkeypatch, append):
+    if append:
+        write(tmp_path / "a", [10])
+    lengths = [10, 50] if append else [50]
+    write_index = episodes._write_index
+    published = []
+
+    def write_and_look(folder, index):
+        write_index(folder, index)
+        store = EpisodeStore(folder)
+        published.append(store.episode(store.index.episodes[-1]))
+
+    monkeypatch.setattr(episodes, "_write_index", write_and_look)
+    write(tmp_path / "a", lengths[-1:], first=int(append), append=append)
+    assert_equal(published[0], make_episode(int(append), 50))
+    assert_holds(tmp_path / "a", lengths)
 
 
 def write_and_die(new, old):
