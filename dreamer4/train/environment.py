@@ -59,9 +59,8 @@ def _keep_freed_memory() -> None:
 
 
 def _cache_compilations() -> None:
-    folder = (
-        os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/dreamer4/xla"
-    )
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{caches}/dreamer4/xla"
     try:
         if "://" not in folder:  # a bucket needs no folder
             folder = _writable(Path(folder))

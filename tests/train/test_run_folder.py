@@ -50,7 +50,7 @@ def test_the_caller_says_which_fields_may_differ(tmp_path):
 
 def test_a_folder_is_claimed_once_and_a_kill_frees_it(tmp_path):
     here, there = multiprocessing.Pipe()
-    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path, there))
+    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path, there), daemon=True)
     holder.start()
     pid = here.recv()
     with pytest.raises(UserError, match=f"{tmp_path}: in use by process {pid}"), RunFolder.open(tmp_path, CONFIG):
