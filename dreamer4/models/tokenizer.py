@@ -10,12 +10,13 @@ import math
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dreamer4.models.patches import cosine_basis, patch_grid, patchify, sinusoids, unpatchify
 from dreamer4.nn.attention import KVCache
-from dreamer4.nn.layers import Linear
+from dreamer4.nn.layers import Linear, draw_kernels
 from dreamer4.nn.transformer import (
     Layout,
     Modality,
@@ -55,40 +56,25 @@ class Tokenizer(nn.Module):
     channels: int = 3
 
     def setup(self) -> None:
-        c, grid = self.config, self.grid
-        structured = c.start == "structured"
-        width, patch_size = c.transformer.d_model, c.patch * c.patch * self.channels
-
-        def table(grid: tuple[int, int], count: int) -> nn.initializers.Initializer:
-            if not structured:
-                return nn.initializers.normal(1.0)
-            return lambda key, shape, dtype=jnp.float32: jnp.asarray(sinusoids(grid, width)[:count], dtype)
-
-        def cosines(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
-            return jnp.asarray(cosine_basis(c.patch, self.channels, width), dtype)
-
-        self.embed = Linear(width, bias=True, kernel_init=cosines if structured else nn.initializers.lecun_normal())
-        self.mask_token = self.param("mask_token", nn.initializers.normal(1.0), (width,))
-        self.latent_tokens = self.param("latent_tokens", table(self.latent_grid, c.latents), (c.latents, width))
+        c = self.config
+        width, patches = c.transformer.d_model, self.grid[0] * self.grid[1]
+        normal = nn.initializers.normal(1.0)
+        self.embed = Linear(width, bias=True)
+        self.mask_token = self.param("mask_token", normal, (width,))
+        self.latent_tokens = self.param("latent_tokens", normal, (c.latents, width))
         self.encoder = Transformer(c.transformer, self.encoder_layout)
         self.to_bottleneck = Linear(c.bottleneck, bias=True)
 
         self.from_bottleneck = Linear(width, bias=True)
-        self.latent_places = self.param("latent_places", table(self.latent_grid, c.latents), (c.latents, width))
-        self.patch_queries = self.param("patch_queries", table(grid, grid[0] * grid[1]), (grid[0] * grid[1], width))
+        self.latent_places = self.param("latent_places", normal, (c.latents, width))
+        self.patch_queries = self.param("patch_queries", normal, (patches, width))
         self.decoder = Transformer(c.transformer, self.decoder_layout)
-        self.to_pixels = Linear(patch_size, bias=True)
+        self.to_pixels = Linear(c.patch * c.patch * self.channels, bias=True)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return patch_grid(self.height, self.width, self.config.patch)
-
-    @property
-    def latent_grid(self) -> tuple[int, int]:
-        """The squarest grid that holds all latents, for their structured start."""
-        rows = math.isqrt(self.config.latents)
-        return rows, -(-self.config.latents // rows)
 
     @property
     def encoder_layout(self) -> Layout:
@@ -151,9 +137,25 @@ class Tokenizer(nn.Module):
 
 def init_tokenizer(model: Tokenizer, key: Array) -> dict:
     """Fresh parameters, started as ``model.config.start`` says."""
+    init_key, kernel_key = jax.random.split(key)
     video = jnp.zeros((1, 1, model.height, model.width, model.channels))
-    params = model.init(key, video)["params"]
-    return aligned_start(params) if model.config.start == "structured" else params
+    params = draw_kernels(model.init(init_key, video)["params"], kernel_key)
+    return structured_start(model, params) if model.config.start == "structured" else params
+
+
+def structured_start(model: Tokenizer, params: dict) -> dict:
+    """The same parameters with attention by likeness, patches seen through a cosine transform, and latents and patch
+    queries at 2-D sinusoids, the latents on the squarest grid that holds them."""
+    c, width = model.config, model.config.transformer.d_model
+    rows = math.isqrt(c.latents)
+    places = jnp.asarray(sinusoids((rows, -(-c.latents // rows)), width)[: c.latents])
+    basis = jnp.asarray(cosine_basis(c.patch, model.channels, width))
+    return aligned_start(params) | {
+        "embed": params["embed"] | {"kernel": basis},
+        "latent_tokens": places,
+        "latent_places": places,
+        "patch_queries": jnp.asarray(sinusoids(model.grid, width)),
+    }
 
 
 def tokenizer_flops(model: Tokenizer, frames: int) -> int:

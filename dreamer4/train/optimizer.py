@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from dreamer4.errors import UserError
 
@@ -59,36 +61,58 @@ def learning_rate(config: OptimizerConfig, steps: int, peak: float | None = None
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, the optimizer and its schedule over ``steps``. Weight decay falls on matrices only."""
+    """Clipping, the optimizer and its schedule over ``steps``. Weight decay falls on matrices only.
+
+    Muon takes the matrices inside the scanned layers; embeddings and heads are Adam's, as Muon's authors advise.
+    """
     rate = learning_rate(config, steps)
     if config.name == "adamw":
         core = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
     else:
-        core = optax.contrib.muon(
-            rate,
-            weight_decay=config.weight_decay,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_learning_rate=learning_rate(config, steps, config.adam_learning_rate),
-            muon_weight_dimension_numbers=_muon_axes,
-        )
+        muon = optax.contrib.muon(rate, weight_decay=config.weight_decay, muon_weight_dimension_numbers=_muon_axes)
+        adam_rate = learning_rate(config, steps, config.adam_learning_rate)
+        adam = optax.adamw(adam_rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
+        core = optax.partition({"muon": stack_alike(muon), "adam": adam}, _muon_or_adam)
     return core if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), core)
 
 
+def stack_alike(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``inner`` over parameters of one shape stacked along a new first axis: the same arithmetic with a few arrays in
+    place of tens, so that Muon orthogonalises all matrices of a shape at once."""
+
+    def stack(tree: Any) -> dict[str, Array]:
+        return {name: jnp.stack([leaf for _, leaf in group]) for name, group in _by_shape(tree).items()}
+
+    def init(params: Any) -> Any:
+        return inner.init(stack(params))
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        stacked, state = inner.update(stack(grads), state, None if params is None else stack(params))
+        groups = _by_shape(grads)
+        by_path = {path: x for name in groups for (path, _), x in zip(groups[name], stacked[name], strict=True)}
+        return jax.tree_util.tree_map_with_path(lambda path, _: by_path[path], grads), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _by_shape(tree: Any) -> dict[str, list[tuple[tuple, Array]]]:
+    groups: dict[str, list] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        groups.setdefault("x".join(map(str, leaf.shape)), []).append((path, leaf))
+    return groups
+
+
+def _muon_axes(stacked: Any) -> Any:
+    return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), stacked)
+
+
+def _muon_or_adam(params: Any) -> Any:
+    def label(path: tuple, _: Any) -> str:
+        names = [str(getattr(part, "key", part)) for part in path]
+        return "muon" if "blocks" in names and names[-1] == "kernel" else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
 def _is_matrix(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, x: _name(path[-1]) == "kernel", params)
-
-
-def _muon_axes(params: Any) -> Any:
-    """Which axes of a parameter make the matrix that Muon orthogonalises: those of the kernels inside the scanned
-    layers, whose first axis counts the layers. Embeddings and heads are Adam's, as Muon's authors advise."""
-
-    def axes(path: tuple, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        inside = any(_name(part) == "blocks" for part in path) and _name(path[-1]) == "kernel"
-        return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1) if inside else None
-
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def _name(part: Any) -> str:
-    return str(getattr(part, "key", part))
+    return jax.tree_util.tree_map_with_path(lambda path, _: str(getattr(path[-1], "key", "")) == "kernel", params)
