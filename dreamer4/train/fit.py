@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ Shape = tuple[int, int]
 START, DATA = 2**31, 2**31 + 1
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where batches come from: sent by the host, made inside the step, or both."""
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, SupportsFloat
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 from rich.console import Console
 from rich.live import Live
@@ -22,6 +22,7 @@ WALL_CLOCK = ("seconds", "frames_per_s", "data_wait")
 Metrics = Mapping[str, SupportsFloat]
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where metrics go: flat names such as ``train/loss``, one value each, at a step."""
 

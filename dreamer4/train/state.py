@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from dreamer4.batch import Batch
 Metrics = dict[str, Array]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """One experiment's loss. ``frozen`` holds parameters that are not trained (a tokenizer's, say); ``carry`` holds
     statistics that the loss keeps from step to step (loss scales, codebook usage)."""
@@ -92,14 +93,20 @@ def make_step(
         if accumulate == 1:
             carry, (grads, metrics) = part(state.carry, (batch, key))
             return grads, carry, metrics
-        pieces = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-        carry, (grads, metrics) = jax.lax.scan(part, state.carry, (pieces, jax.random.split(key, accumulate)))
+        # As bare leaves: with an axis of parts in front, a batch would no longer be one.
+        leaves, structure = jax.tree.flatten(batch)
+        pieces = [x.reshape(accumulate, -1, *x.shape[1:]) for x in leaves]
+        carry, (grads, metrics) = jax.lax.scan(
+            lambda carry, piece: part(carry, (jax.tree.unflatten(structure, piece[0]), piece[1])),
+            state.carry,
+            (pieces, jax.random.split(key, accumulate)),
+        )
         grads, metrics = jax.tree.map(lambda x: x.mean(0), (grads, metrics))
         return grads, carry, metrics
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
         grads, carry, metrics = gradients(state, frozen, batch, jax.random.fold_in(key, state.step))
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
