@@ -16,7 +16,7 @@ KEY = jax.random.key(3)
 
 @dataclasses.dataclass(frozen=True)
 class Quadratic:
-    """``(w - brightness)^2`` averaged over clips, plus ``w * reward``: a reward that is not finite spoils the gradient."""
+    """``(w - brightness)^2 + w * reward``, the mean over clips: a reward that is not finite spoils the gradient."""
 
     def init(self, key):
         return {"w": jnp.float32(0.5)}, {"batches": jnp.float32(0)}
@@ -60,6 +60,17 @@ def test_a_step_is_the_optimizers_on_the_gradient():
     assert state.params["w"] == pytest.approx(0.5 - 0.1 * 2 * (0.5 - b).mean())
     assert state.carry["batches"] == 1
     assert state.step == 1
+
+
+def test_the_optimizers_state_goes_on_from_step_to_step():
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    step, state, w, velocity = make_step(Quadratic(), optimizer), start(optimizer), 0.5, 0.0
+    for n in range(3):
+        batch = batch_with_reward(0, seed=n)
+        state, _ = step(state, None, batch, KEY)
+        velocity = 0.9 * velocity + 2 * (w - brightness(batch)).mean()
+        w -= 0.1 * velocity
+        assert state.params["w"] == pytest.approx(w, abs=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
