@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamer4.nn.attention import attend, causal_mask, ring_frames, ring_write
+
+fast_attend = jax.jit(attend, static_argnames=("soft_cap", "kernel"))
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_attend_is_the_textbook_formula():
+    query, key, value = normal(0, 2, 5, 4, 8), normal(1, 2, 7, 2, 8), normal(2, 2, 7, 2, 8)
+    mask = np.random.default_rng(3).random((5, 7)) < 0.5
+    mask[:, 0] = True
+    found = np.asarray(fast_attend(query, key, value, jnp.asarray(mask)))
+    query, key, value = (np.asarray(x) for x in (query, key, value))
+    for b, q, h in np.ndindex(2, 5, 4):
+        weights = np.where(mask[q], np.exp(key[b, :, h // 2] @ query[b, q, h] / np.sqrt(8)), 0)
+        np.testing.assert_allclose(found[b, q, h], weights / weights.sum() @ value[b, :, h // 2], atol=1e-5)
+
+
+def test_soft_cap_bounds_the_logits():
+    query, key = jnp.full((1, 1, 1, 4), 100.0), jnp.stack([jnp.ones(4), -jnp.ones(4)]).reshape(1, 2, 1, 4)
+    value = jnp.stack([jnp.ones(4), jnp.zeros(4)]).reshape(1, 2, 1, 4)
+    found = fast_attend(query, key, value, jnp.ones((1, 2), bool), soft_cap=1.5)
+    # The logits are +-200, capped to +-1.5.
+    np.testing.assert_allclose(found[0, 0, 0], 1 / (1 + np.exp(-3.0)), rtol=1e-5)
+
+
+def test_attend_survives_huge_logits():
+    query = 1e3 * normal(0, 1, 3, 1, 4)
+    assert jnp.isfinite(fast_attend(query, query, normal(1, 1, 3, 1, 4), jnp.ones((3, 3), bool))).all()
+
+
+def test_attend_has_the_gradient_of_the_library():
+    inputs = normal(0, 2, 5, 2, 8), normal(1, 2, 5, 2, 8), normal(2, 2, 5, 2, 8)
+    mask = jnp.tril(jnp.ones((5, 5), bool))
+
+    def library(query, key, value):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask[None, None], implementation="xla")
+
+    def gradients(f):
+        return jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1, 2)))(*inputs)
+
+    for ours, theirs in zip(gradients(lambda *x: attend(*x, mask)), gradients(library), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_bfloat16_is_near_float32():
+    inputs = normal(0, 2, 6, 2, 16), normal(1, 2, 6, 2, 16), normal(2, 2, 6, 2, 16)
+    mask = jnp.ones((6, 6), bool)
+    half = fast_attend(*(x.astype(jnp.bfloat16) for x in inputs), mask)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), fast_attend(*inputs, mask), atol=0.02)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="the fused kernel is cuDNN's")
+def test_the_fused_kernel_gives_the_numbers_of_the_plain_one():
+    inputs = (normal(i, 2, 64, heads, 64).astype(jnp.bfloat16) for i, heads in enumerate((4, 2, 2)))
+    query, key, value = inputs
+    mask = causal_mask(jnp.arange(64), jnp.arange(64), context=16)
+    fused, plain = (fast_attend(query, key, value, mask, kernel=kernel) for kernel in ("fused", "plain"))
+    np.testing.assert_allclose(fused.astype(jnp.float32), plain.astype(jnp.float32), atol=0.03)
+
+
+def test_fused_kernel_refuses_a_soft_cap():
+    x = jnp.ones((1, 2, 1, 4))
+    with pytest.raises(ValueError, match="soft cap"):
+        attend(x, x, x, jnp.ones((2, 2), bool), soft_cap=50.0, kernel="fused")
+
+
+def test_causal_mask_counts_the_window():
+    frames = jnp.arange(4)
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    np.testing.assert_array_equal(causal_mask(frames, frames, context=2), np.array(expected, bool))
+    assert not causal_mask(frames, jnp.full(4, -1), context=9).any()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 9])
+def test_ring_holds_the_last_frames(chunk):
+    slots, total = 4, 18
+    write, frames_in = jax.jit(ring_write), jax.jit(ring_frames, static_argnums=1)
+    ring = jnp.full((1, 1, slots, 1, 1), jnp.nan)
+    for seen in range(chunk, total + 1, chunk):
+        new = np.arange(seen - chunk, seen, dtype=np.float32).reshape(1, 1, chunk, 1, 1)
+        ring = write(ring, jnp.asarray(new), jnp.asarray(seen - chunk))
+        held = np.asarray(frames_in(jnp.asarray(seen), slots))
+        np.testing.assert_array_equal(np.sort(held), np.arange(seen - slots, seen))
+        content = np.asarray(ring).ravel()
+        np.testing.assert_array_equal(content[held >= 0], held[held >= 0])
+        assert np.isnan(content[held < 0]).all()

@@ -1,0 +1,224 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamer4.errors import UserError
+from dreamer4.nn.transformer import (
+    Layout,
+    Modality,
+    SuperBlock,
+    Transformer,
+    TransformerConfig,
+    aligned_start,
+    empty_cache,
+    parameter_count,
+    transformer_flops,
+)
+
+WIDTH = 16
+CONFIG = TransformerConfig(d_model=WIDTH, depth=4, heads=2, mlp_ratio=2.0, time_every=2, context=3)
+ONE_BLOCK = dataclasses.replace(CONFIG, depth=2)  # one layer over space, then one over time
+TIME_LAYER = dataclasses.replace(CONFIG, depth=1, time_every=1)
+LAYOUT = Layout(
+    (Modality("latent", reads=("latent", "patch"), size=3), Modality("patch", reads=("patch",), grid=(2, 2))),
+    temporal=3,
+)
+START = jnp.zeros((), jnp.int32)
+
+
+def tokens(batch=2, time=7, layout=LAYOUT):
+    values = np.random.default_rng(0).normal(size=(batch, time, layout.tokens, WIDTH))
+    return jnp.asarray(values, jnp.float32)
+
+
+@functools.cache
+def build(config=CONFIG, layout=LAYOUT):
+    """A transformer and parameters for it, none of them at a constant under which a mistake might not show."""
+    model, rng = Transformer(config, layout), np.random.default_rng(1)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape)
+        value = noise * leaf.shape[-2] ** -0.5 if path[-1].key == "kernel" else 1 + 0.2 * noise
+        return jnp.asarray(value, leaf.dtype)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens(1, 1, layout))["params"]
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, params, x, cache=None):
+    return model.apply({"params": params}, x, cache)
+
+
+def influence(config, time):
+    """How much each input token (T, S) moves each output token (T, S): a (T, S, T, S) array of gradient sizes."""
+    model, params = build(config)
+    direction = jnp.asarray(np.random.default_rng(9).normal(size=WIDTH), jnp.float32)
+    jacobian = jax.jit(jax.jacrev(lambda x: model.apply({"params": params}, x)[0][0] @ direction))
+    return np.abs(jacobian(tokens(1, time))[:, :, 0]).sum(-1)
+
+
+def test_layout_says_who_reads_whom():
+    expected = np.zeros((7, 7), bool)
+    expected[:3] = True  # latents read everything
+    expected[3:, 3:] = True  # patches read patches
+    np.testing.assert_array_equal(LAYOUT.mask(), expected)
+    np.testing.assert_array_equal(LAYOUT.positions()[3:], [[0, 0], [0, 1], [1, 0], [1, 1]])
+    assert not LAYOUT.positions()[:3].any()
+
+
+def test_a_token_that_reads_nothing_is_forbidden():
+    blind = Layout((Modality("a", reads=("b",), size=1), Modality("b", reads=("c",), size=1)), temporal=1)
+    with pytest.raises(ValueError, match="b tokens attend to nothing"):
+        blind.mask()
+
+
+def test_causality_window_and_modalities_by_gradient():
+    time, context = 5, CONFIG.context
+    moved = influence(ONE_BLOCK, time)
+    for now, then in np.ndindex(time, time):
+        latents, patches = moved[now, :3, then], moved[now, 3:, then]
+        assert latents.all() if 0 <= now - then < context else not latents.any()
+        # Patches have no past, and read patches only.
+        assert not patches[:, :3].any() or now == then
+        assert patches[:, 3:].all() if now == then else not patches.any()
+    assert not moved[4, 3:, 4, :3].any()
+
+
+def test_tokens_attend_over_time_to_their_own_past_alone():
+    moved = influence(TIME_LAYER, 3)
+    own = moved[2, :3, 1, :3]
+    assert np.diagonal(own).all()
+    np.testing.assert_array_equal(own, np.diag(np.diagonal(own)))
+
+
+def test_tokens_that_do_not_attend_over_time_pass_unchanged():
+    params = jax.tree.map(lambda p: p[0], build(TIME_LAYER)[1]["blocks"])
+    params["time"]["mlp"]["down"]["kernel"] *= 0  # leaves the attention sub-layer alone
+    x = tokens()
+    out, _ = jax.jit(SuperBlock(TIME_LAYER, LAYOUT).apply)({"params": params}, x, None, START)
+    np.testing.assert_array_equal(out[:, :, 3:], x[:, :, 3:])
+    assert (np.abs(out[:, :, :3] - x[:, :, :3]).max(axis=(0, 1, 3)) > 1e-3).all()
+
+
+@pytest.mark.parametrize("chunks", [[1] * 8, [4, 1, 3], [8]])
+def test_cached_equals_uncached_past_the_ring_s_end(chunks):
+    config = dataclasses.replace(CONFIG, kv_heads=1)
+    model, params = build(config)
+    x = tokens(time=8)  # the ring of 3 wraps twice
+    whole, _ = run(model, params, x)
+    cache, parts, start = empty_cache(config, LAYOUT, 2), [], 0
+    for count in chunks:
+        part, cache = run(model, params, x[:, start : start + count], cache)
+        parts.append(part)
+        start += count
+    assert int(cache.frame) == 8
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-5)
+
+
+def test_scan_equals_a_loop_over_superblocks():
+    model, params = build()
+    x = tokens()
+    expected, _ = run(model, params, x)
+    apply = jax.jit(SuperBlock(CONFIG, LAYOUT).apply)
+    for i in range(CONFIG.superblocks):
+        x, _ = apply({"params": jax.tree.map(lambda p, i=i: p[i], params["blocks"])}, x, None, START)
+    normed = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6) * params["norm"]["scale"]
+    np.testing.assert_allclose(normed, expected, atol=1e-5)
+
+
+def test_remat_changes_memory_not_gradients():
+    model, params = build(TIME_LAYER)
+    again = Transformer(dataclasses.replace(TIME_LAYER, remat=True), LAYOUT)
+    x = tokens(1, 4)
+
+    def gradient(m):
+        return jax.jit(jax.grad(lambda p: jnp.sum(m.apply({"params": p}, x)[0] ** 3)))
+
+    for a, b in zip(*(jax.tree.leaves(gradient(m)(params)) for m in (model, again)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    recomputed = ["remat" in str(jax.make_jaxpr(lambda p, m=m: run(m, p, x)[0])(params)) for m in (model, again)]
+    assert recomputed == [False, True]
+
+
+def test_grouped_heads_equal_heads_with_repeated_keys():
+    grouped, params = build(dataclasses.replace(ONE_BLOCK, kv_heads=1))
+    full, _ = build(ONE_BLOCK)
+
+    def widen(path, x):
+        shared = path[-2].key in ("key", "value")
+        return jnp.tile(x, 2) if shared else x
+
+    wide = jax.tree_util.tree_map_with_path(widen, params)
+    np.testing.assert_allclose(run(grouped, params, tokens())[0], run(full, wide, tokens())[0], atol=1e-5)
+
+
+def test_queries_and_keys_are_normalised():
+    model, params = build(ONE_BLOCK)
+
+    def stretch(path, x):
+        return 9 * x if path[-2].key in ("query", "key") else x
+
+    stretched = jax.tree_util.tree_map_with_path(stretch, params)
+    expected = run(model, params, tokens())[0]
+    np.testing.assert_allclose(run(model, stretched, tokens())[0], expected, atol=1e-3)
+    gained = jax.tree_util.tree_map_with_path(lambda path, x: 9 * x if path[-1].key == "gain" else x, params)
+    assert np.abs(run(model, gained, tokens())[0] - expected).max() > 0.1
+
+
+def test_attention_over_space_knows_places():
+    model, params = build(ONE_BLOCK)
+    x, swapped = tokens(), np.array([0, 1, 2, 6, 4, 5, 3])  # two patches change places
+    moved = np.abs(run(model, params, x[:, :, swapped])[0][:, :, swapped] - run(model, params, x)[0])
+    assert (moved.max(axis=(0, 1, 3)) > 1e-2).all()
+
+
+def test_bfloat16_is_near_float32_with_float32_parameters():
+    model, params = build()
+    half = Transformer(dataclasses.replace(CONFIG, dtype="bfloat16"), LAYOUT)
+    x = tokens()
+    out, _ = run(half, params, x)
+    assert out.dtype == jnp.bfloat16
+    started = jax.eval_shape(half.init, jax.random.key(0), x)
+    assert {p.dtype for p in jax.tree.leaves(started)} == {jnp.dtype("float32")}
+    error = np.abs(np.asarray(out, np.float32) - run(model, params, x)[0])
+    assert error.mean() < 0.02
+    assert error.max() < 0.15
+
+
+def test_aligned_start_attends_by_likeness():
+    params = aligned_start(build()[1])
+    for name in ("space_0", "time"):
+        maps = params["blocks"][name]["attention"]
+        np.testing.assert_array_equal(maps["query"]["kernel"], maps["key"]["kernel"])
+        value, out = maps["value"]["kernel"], maps["out"]["kernel"]
+        np.testing.assert_array_equal(2 * out, jnp.swapaxes(value, 1, 2))
+    grouped = build(dataclasses.replace(CONFIG, kv_heads=1))[1]
+    jax.tree.map(np.testing.assert_array_equal, aligned_start(grouped), grouped)
+
+
+def test_counts_match_the_parameters():
+    layers = 4 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16 + 2)  # maps, MLP, two norms and the gains
+    assert parameter_count(build()[1]) == layers + 16
+    # One token, one frame: two operations for each weight of a matrix, and 4 D for the one pair of each attention.
+    single = Layout((Modality("a", reads=("a",), size=1),), temporal=1)
+    assert transformer_flops(CONFIG, single, 1) == 4 * (2 * (4 * 16 * 16 + 3 * 16 * 32) + 4 * 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"heads": 3}, "3 heads must divide d_model 16"),
+        ({"heads": 8}, "width that is a multiple of 4"),
+        ({"kv_heads": 3}, "3 must divide the number of heads, 2"),
+        ({"depth": 3}, "3 layers must be a multiple of time_every, 2"),
+        ({"kernel": "fused"}, "no soft cap"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(CONFIG, **fields)
