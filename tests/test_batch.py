@@ -1,0 +1,74 @@
+import jax
+import numpy as np
+import pytest
+
+from dreamer4.batch import ActionComponent, BatchSpec, fake_batch, null_action
+
+ACTIONS = (
+    ActionComponent("button", "categorical", 5),
+    ActionComponent("stick", "continuous", 2),
+    ActionComponent("keys", "binary", 3),
+)
+SPEC = BatchSpec(batch=4, time=6, height=8, width=12, channels=1, actions=ACTIONS)
+
+
+def arrays(batch):
+    """The batch as nested dicts of NumPy arrays."""
+    return jax.tree.map(np.asarray, vars(batch))
+
+
+def test_components_say_how_they_are_stored():
+    assert [(c.shape, c.dtype) for c in ACTIONS] == [((), np.int32), ((2,), np.float32), ((3,), np.int32)]
+
+
+def test_fake_batch_has_the_shapes_of_its_spec():
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), arrays(fake_batch(SPEC))) == {
+        "video": ((4, 6, 8, 12, 1), np.uint8),
+        "action": {
+            "button": ((4, 6), np.int32),
+            "stick": ((4, 6, 2), np.float32),
+            "keys": ((4, 6, 3), np.int32),
+        },
+        "reward": ((4, 6), np.float32),
+        "is_first": ((4, 6), np.bool_),
+        "is_terminal": ((4, 6), np.bool_),
+        "labelled": ((4,), np.bool_),
+        "state": {},
+    }
+
+
+def test_fake_batch_obeys_the_time_alignment():
+    batch = arrays(fake_batch(SPEC))
+    assert batch["is_first"][:, 0].all()
+    assert not batch["is_first"][:, 1:].any()
+    assert not batch["reward"][:, 0].any()
+    assert batch["reward"][:, 1:].all()
+    for name, null in null_action(ACTIONS, (4, 1)).items():
+        np.testing.assert_array_equal(batch["action"][name][:, :1], null)
+        assert batch["action"][name][:, 1:].any()
+
+
+def test_fake_actions_stay_in_their_space():
+    action = arrays(fake_batch(BatchSpec(64, 8, 4, 4, actions=ACTIONS)))["action"]
+    assert set(np.unique(action["button"])) == {0, 1, 2, 3, 4}
+    assert set(np.unique(action["keys"])) == {0, 1}
+    assert np.abs(action["stick"]).max() <= 1
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 4)])
+def test_the_null_action_is_zero(leading):
+    for c in ACTIONS:
+        value = null_action(ACTIONS, leading)[c.name]
+        assert (value.shape, value.dtype) == (leading + c.shape, c.dtype)
+        assert not value.any()
+
+
+def test_a_seed_says_the_batch():
+    once, again, other = (arrays(fake_batch(SPEC, seed)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, once, again)
+    assert (once["video"] != other["video"]).any()
+
+
+def test_a_batch_goes_through_jit():
+    batch = fake_batch(SPEC)
+    jax.tree.map(np.testing.assert_array_equal, arrays(jax.jit(lambda x: x)(batch)), arrays(batch))
