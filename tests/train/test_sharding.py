@@ -47,7 +47,7 @@ def losses(step, state):
     found = []
     for _ in range(STEPS):
         state, metrics = step(state)
-        found.append([float(metrics["loss"]), float(metrics["mse"])])
+        found.append([float(metrics[name]) for name in ("loss", "mse", "masked")])
     return found, state
 
 
