@@ -171,8 +171,9 @@ def fit(
     """Trains to ``config.steps``, from the run's newest checkpoint where it has one, and returns the final state.
 
     ``resolved`` is the whole configuration as JSON, kept inside each checkpoint. ``frozen`` holds parameters that the
-    objective uses and does not train. ``best`` is the metric by which the best checkpoint is chosen. ``open_sinks``
-    is told the step that the run goes on from and opens what else shall receive the metrics.
+    objective uses and does not train. ``best`` is the metric by which the best checkpoint is chosen: the highest is, or
+    with a leading ``-`` the lowest. ``open_sinks`` is told the step that the run goes on from and opens what else shall
+    receive the metrics.
 
     Raises ``UserError`` where training cannot go on, and ``Stopped`` after SIGTERM or SIGINT, with the state saved.
     """
@@ -272,7 +273,7 @@ class _Loop:
             self.read(evaluated, step)
         if last or stopping or step % config.checkpoint_every == 0:
             self.read()
-            best = self.best if self.best in evaluated else None
+            best = self.best if self.best.removeprefix("-") in evaluated else None
             self.checkpoints.save(step, state, evaluated, self.resolved, best)
 
     def evaluation(self, state: TrainState) -> dict[str, float]:
@@ -290,7 +291,8 @@ class _Loop:
             return
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        values |= {"frames_per_s": self.frames / seconds, "data_wait": self.wait / seconds}
+        if self.frames:  # an evaluation right after a logged step has none of its own
+            values |= {"frames_per_s": self.frames / seconds, "data_wait": self.wait / seconds}
         self.wait, self.frames = 0.0, 0
         for sink in self.sinks:
             sink.write(step, values)

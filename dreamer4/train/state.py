@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,15 +42,17 @@ class Objective(Protocol):
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """``step`` counts the steps done. ``ema`` is an average of the parameters, or None. ``skipped`` and
-    ``skipped_in_a_row`` count the steps whose gradients were not finite and changed nothing."""
+    ``skipped_in_a_row`` count the steps whose gradients were not finite and changed nothing.
 
-    step: Int[Array, ""]
+    The counters are int32 of shape (). No field is typed as an array: the same tree carries shapes and shardings."""
+
+    step: Any
     params: PyTree
     opt_state: PyTree
     carry: PyTree
     ema: PyTree
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
+    skipped: Any
+    skipped_in_a_row: Any
 
     @property
     def best_params(self) -> PyTree:
