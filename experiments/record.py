@@ -1,7 +1,6 @@
 """Plays an environment and stores what happens as a data set: `record.py atari --game Breakout --out data/breakout`."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import tyro
@@ -11,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dreamer4.data import atari
 from dreamer4.data.episodes import EpisodeWriter, read_index, split_of
 from dreamer4.errors import UserError
+from dreamer4.train import cli
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,4 @@ def _report(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.extras.subcommand_cli_from_dict({"atari": Atari}))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    cli.main(lambda: main(tyro.extras.subcommand_cli_from_dict({"atari": Atari})))

@@ -67,7 +67,13 @@ TOY = Config(
     ),
     masking=MaskingConfig(ramp=(1 / 6, 0.9)),
     optimizer=OptimizerConfig(
-        name="muon", learning_rate=3e-3, schedule="linear", warmup_steps=50, final_fraction=0.02, weight_decay=0.0
+        name="muon",
+        learning_rate=1e-2,
+        adam_learning_rate=3e-3,
+        schedule="linear",
+        warmup_steps=50,
+        final_fraction=0.02,
+        weight_decay=0.0,
     ),
     train=TrainConfig(steps=8000, clip_length=2, long_every=4, long_length=8, eval_every=2000, checkpoint_every=1000),
 )

@@ -25,9 +25,9 @@ def unpatchify(patches: Float[Array, "B T N D"], patch: int, grid: tuple[int, in
     return rearrange(patches, "b t (h w) (p q c) -> b t (h p) (w q) c", p=patch, q=patch, h=grid[0])
 
 
-def to_float(video: UInt8[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
+def to_float(video: UInt8[Array | np.ndarray, "*lead"]) -> Float[Array, "*lead"]:
     """Frames in [0, 1], in which every loss and metric is stated."""
-    return video.astype(jnp.float32) / 255.0
+    return jnp.asarray(video, jnp.float32) / 255.0
 
 
 def cosine_basis(patch: int, channels: int, features: int) -> Float[np.ndarray, "D features"]:

@@ -7,12 +7,12 @@ a cache gives what the whole clip gives.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from dreamer4.models.patches import cosine_basis, patch_grid, patchify, sinusoids, unpatchify
 from dreamer4.nn.attention import KVCache
@@ -62,6 +62,7 @@ class Tokenizer(nn.Module):
         self.embed = Linear(width, bias=True)
         self.mask_token = self.param("mask_token", normal, (width,))
         self.latent_tokens = self.param("latent_tokens", normal, (c.latents, width))
+        self.patch_places = self.param("patch_places", nn.initializers.zeros, (patches, width))
         self.encoder = Transformer(c.transformer, self.encoder_layout)
         self.to_bottleneck = Linear(c.bottleneck, bias=True)
 
@@ -103,6 +104,7 @@ class Tokenizer(nn.Module):
         patches = self.embed((patchify(video, c.patch) * 2 - 1).astype(c.transformer.dtype))
         if masked is not None:
             patches = jnp.where(masked[..., None], self.mask_token.astype(patches.dtype), patches)
+        patches = patches + self.patch_places.astype(patches.dtype)
         latents = jnp.broadcast_to(self.latent_tokens, (*patches.shape[:2], *self.latent_tokens.shape))
         tokens = jnp.concatenate([latents.astype(patches.dtype), patches], axis=2)
         tokens, cache = self.encoder(tokens, cache)
@@ -139,22 +141,33 @@ def init_tokenizer(model: Tokenizer, key: Array) -> dict:
     """Fresh parameters, started as ``model.config.start`` says."""
     init_key, kernel_key = jax.random.split(key)
     video = jnp.zeros((1, 1, model.height, model.width, model.channels))
-    params = draw_kernels(model.init(init_key, video)["params"], kernel_key)
+    params = draw_kernels(dict(model.init(init_key, video)["params"]), kernel_key)
     return structured_start(model, params) if model.config.start == "structured" else params
 
 
+def reconstruct(
+    model: Tokenizer, params: PyTree, video: Float[Array, "B T H W C"], masked: Bool[Array, "B T N"] | None = None
+) -> Float[Array, "B T H W C"]:
+    """``video`` through the bottleneck and back; ``masked`` patches are hidden from the encoder."""
+    return cast(Array, model.apply({"params": params}, video, masked))
+
+
 def structured_start(model: Tokenizer, params: dict) -> dict:
-    """The same parameters with attention by likeness, patches seen through a cosine transform, and latents and patch
-    queries at 2-D sinusoids, the latents on the squarest grid that holds them."""
+    """The same parameters with attention by likeness, patches seen and painted through a cosine transform, and every
+    token's place a 2-D sinusoid, the latents' on the squarest grid that holds them. Attention then starts local."""
     c, width = model.config, model.config.transformer.d_model
     rows = math.isqrt(c.latents)
-    places = jnp.asarray(sinusoids((rows, -(-c.latents // rows)), width)[: c.latents])
+    # Twice as large as content: at equal size attention finds its place only after many steps (docs/log.md).
+    latents = 2 * jnp.asarray(sinusoids((rows, -(-c.latents // rows)), width)[: c.latents])
+    patches = 2 * jnp.asarray(sinusoids(model.grid, width))
     basis = jnp.asarray(cosine_basis(c.patch, model.channels, width))
     return aligned_start(params) | {
         "embed": params["embed"] | {"kernel": basis},
-        "latent_tokens": places,
-        "latent_places": places,
-        "patch_queries": jnp.asarray(sinusoids(model.grid, width)),
+        "to_pixels": params["to_pixels"] | {"kernel": basis.T},
+        "latent_tokens": latents,
+        "latent_places": latents,
+        "patch_places": patches,
+        "patch_queries": patches,
     }
 
 

@@ -12,7 +12,7 @@ from dreamer4.batch import Batch
 from dreamer4.errors import UserError
 from dreamer4.metrics.pixels import l2, mse_to_psnr, ssim
 from dreamer4.models.patches import patchify, to_float, unpatchify
-from dreamer4.models.tokenizer import Tokenizer, init_tokenizer
+from dreamer4.models.tokenizer import Tokenizer, init_tokenizer, reconstruct
 from dreamer4.objectives.loss_scales import LossScales, init_scales, normalize
 
 Perceptual = Callable[[PyTree, Array, Array], Float[Array, " B"]]
@@ -39,7 +39,7 @@ class MaskingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MaskedAutoencoding:
-    """Mean squared error over all patches of the reconstruction, hidden or not, and LPIPS where ``perceptual`` is given.
+    """Mean squared error over all patches of the reconstruction, hidden or not, and LPIPS if ``perceptual`` is given.
 
     ``perceptual(weights, x, y)`` takes its weights from ``frozen``. ``steps`` is the length of the run, for the ramp.
     """
@@ -60,7 +60,7 @@ class MaskedAutoencoding:
         mask_key, frames_key = jax.random.split(key)
         video = to_float(batch.video)
         masked = self.mask(mask_key, video.shape[:2], self.ceiling(step))
-        painted = self.model.apply({"params": params}, video, masked)
+        painted = reconstruct(self.model, params, video, masked)
         terms = {"mse": jnp.mean(jnp.square(painted - video))}
         if self.perceptual is not None:
             chosen = self._choose_frames(frames_key, video.shape[1])
@@ -77,7 +77,7 @@ class MaskedAutoencoding:
         return self.config.ceiling * jnp.asarray(climbed, jnp.float32)
 
     def mask(self, key: Array, lead: tuple[int, ...], ceiling: Float[Array, ""]) -> Bool[Array, "B T N"]:
-        """Which patches are hidden: in each frame every patch with one probability, itself uniform up to ``ceiling``."""
+        """Which patches are hidden: in each frame all with one probability, itself uniform up to ``ceiling``."""
         rate_key, patch_key = jax.random.split(key)
         rate = jax.random.uniform(rate_key, (*lead, 1)) * ceiling
         rows, columns = self.model.grid
@@ -90,7 +90,7 @@ class MaskedAutoencoding:
 
         def errors(video: Array) -> tuple[Array, Array]:
             truth = to_float(video)[None]
-            painted = jnp.clip(self.model.apply({"params": params}, truth), 0, 1)
+            painted = jnp.clip(reconstruct(self.model, params, truth), 0, 1)
             return l2(painted, truth).mean(), ssim(painted, truth).mean()
 
         mse, similarity = jax.lax.map(errors, clips.video, batch_size=8)
@@ -101,7 +101,7 @@ class MaskedAutoencoding:
         the whole frame, and its difference from the truth (grey is none)."""
         del frozen
         patch, truth = self.model.config.patch, to_float(clips.video)
-        painted = jnp.clip(self.model.apply({"params": params}, truth), 0, 1)
+        painted = jnp.clip(reconstruct(self.model, params, truth), 0, 1)
         hidden = jax.random.bernoulli(key, 0.5, (*truth.shape[:2], patchify(truth, patch).shape[2], 1))
         seen = unpatchify(jnp.where(hidden, 0.5, patchify(truth, patch)), patch, self.model.grid)
         rows = [truth, seen, painted, jnp.clip(0.5 + (painted - truth), 0, 1)]

@@ -58,9 +58,9 @@ def open_sinks(options: RunOptions, resolved: dict[str, Any], start: int) -> lis
     return sinks
 
 
-def main(run: Callable[[], Any]) -> None:
+def main(run: Callable[[], Any], compilation_cache: bool = True) -> None:
     """Runs an experiment: a ``UserError`` ends it with its sentence and status 2, a signal with its own status."""
-    prepare_process()
+    prepare_process(compilation_cache)
     try:
         run()
     except UserError as error:

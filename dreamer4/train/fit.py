@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from dreamer4.train.sharding import batch_sharding, make_mesh, place_batch, stat
 from dreamer4.train.state import Objective, TrainState, init_state, make_step
 
 Shape = tuple[int, int]
+Split = Literal["train", "validation", "test"]
 
 # Folded into the run's key before the step, so that no two draws share a key; the loss folds the bare step.
 START, DATA = 2**31, 2**31 + 1
@@ -56,7 +57,7 @@ class Source(Protocol):
         """The batch from what was sent; pure, traced inside the step."""
         ...
 
-    def clips(self, split: str, count: int, time: int) -> Batch:
+    def clips(self, split: Split, count: int, time: int) -> Batch:
         """A fixed set of clips of a split."""
         ...
 

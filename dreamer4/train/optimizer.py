@@ -86,11 +86,12 @@ def stack_alike(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def init(params: Any) -> Any:
         return inner.init(stack(params))
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        stacked, state = inner.update(stack(grads), state, None if params is None else stack(params))
-        groups = _by_shape(grads)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        stacked: Any
+        stacked, state = inner.update(stack(updates), state, None if params is None else stack(params))
+        groups = _by_shape(updates)
         by_path = {path: x for name in groups for (path, _), x in zip(groups[name], stacked[name], strict=True)}
-        return jax.tree_util.tree_map_with_path(lambda path, _: by_path[path], grads), state
+        return jax.tree_util.tree_map_with_path(lambda path, _: by_path[path], updates), state
 
     return optax.GradientTransformation(init, update)
 

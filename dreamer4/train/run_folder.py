@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,23 @@ class RunFolder:
         elif lines := compare(_read_config(self.config_path), config):
             raise UserError(f"{self.path}: holds a run of another configuration ({'; '.join(lines)})")
         self.samples.mkdir(exist_ok=True)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Renames the run at ``path``, ``runs/x`` to ``runs/x.1`` or the first number that is free; nothing is deleted.
+
+    Returns its new path, or None where there is no run, or where another host does it. Raises UserError where it is in
+    use or cannot be renamed.
+    """
+    run = RunFolder(path)
+    if jax.process_index() != 0 or not (run.config_path.exists() or run.checkpoints.exists()):
+        return None
+    free = next(other for n in itertools.count(1) if not (other := path.with_name(f"{path.name}.{n}")).exists())
+    try:
+        with _lock(path):
+            return path.rename(free)
+    except OSError as error:
+        raise UserError(f"{path}: the run there cannot be renamed to {free.name} ({error.strerror})") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -36,10 +36,7 @@ def state_shardings(mesh: Mesh, shapes: Any) -> Any:
     def place(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         fitting = [i for i, size in enumerate(leaf.shape) if parts > 1 and size % parts == 0 and leaf.ndim > 1]
         axis = max(fitting, key=lambda i: (leaf.shape[i], i), default=None)
-        spec = [None] * leaf.ndim
-        if axis is not None:
-            spec[axis] = "fsdp"  # type: ignore[call-overload]
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        return NamedSharding(mesh, PartitionSpec(*("fsdp" if i == axis else None for i in range(leaf.ndim))))
 
     return jax.tree.map(place, shapes)
 
