@@ -23,11 +23,10 @@ from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, tokenizer_flop
 from dreamer4.nn.perceptual import Net, available, load_weights, lpips
 from dreamer4.nn.transformer import TransformerConfig, parameter_count
 from dreamer4.objectives.masked_autoencoding import MaskedAutoencoding, MaskingConfig
-from dreamer4.train.cli import RunOptions, choose_preset, main, open_sinks
+from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_sinks
 from dreamer4.train.environment import describe
 from dreamer4.train.fit import Source, TrainConfig, fit, make_program
 from dreamer4.train.optimizer import OptimizerConfig
-from dreamer4.train.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +190,7 @@ def train(config: Config) -> None:
         return
     resolved = to_json(dataclasses.replace(config, run=None))
     resolved["frame"] = [source.spec.height, source.spec.width, source.spec.channels]
-    with RunFolder.open(config.run.run_dir, resolved) as run:
+    with open_run(config.run, resolved) as run:
         (run.path / "environment.json").write_text(json.dumps(describe(), indent=2) + "\n")
         sinks = functools.partial(open_sinks, config.run, resolved)
         fit(objective, source, config.train, config.optimizer, run, resolved, frozen=weights, open_sinks=sinks)

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from dreamer4.errors import UserError
 from dreamer4.train.environment import prepare_process
 from dreamer4.train.fit import Stopped
 from dreamer4.train.logging import Sink, TensorBoard, WandB
+from dreamer4.train.run_folder import RunFolder, set_aside
 
 Config = TypeVar("Config")
 DEFAULT_PRESET = "toy"
@@ -25,7 +27,7 @@ class RunOptions:
     run_dir: Path
     """Folder of the run: config, metrics, checkpoints, samples."""
     resume: bool = True
-    """Go on from the newest checkpoint; otherwise what the folder holds is set aside first."""
+    """Go on from the newest checkpoint; otherwise the folder of an earlier run is renamed first (x.1, x.2, ...)."""
     dry_run: bool = False
     """Print parameters, memory and FLOPs, and stop."""
     tensorboard: bool = False
@@ -46,6 +48,13 @@ def choose_preset(
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(presets)}"
         raise UserError(f"preset: {arguments[0]!r} found; {hint}")
     return tyro.extras.overridable_config_cli(dict(presets), args=arguments)
+
+
+def open_run(options: RunOptions, resolved: dict[str, Any]) -> AbstractContextManager[RunFolder]:
+    """The folder of the run, as ``RunFolder.open``; with ``--no-resume`` what was there before is set aside."""
+    if not options.resume and (old := set_aside(options.run_dir)):
+        print(f"the run that was in {options.run_dir} is now in {old}")
+    return RunFolder.open(options.run_dir, resolved)
 
 
 def open_sinks(options: RunOptions, resolved: dict[str, Any], start: int) -> list[Sink]:

@@ -84,7 +84,7 @@ def set_aside(path: Path) -> Path | None:
     run = RunFolder(path)
     if jax.process_index() != 0 or not (run.config_path.exists() or run.checkpoints.exists()):
         return None
-    free = next(other for n in itertools.count(1) if not (other := path.with_name(f"{path.name}.{n}")).exists())
+    free = next(other for n in itertools.count(1) if not (other := path.parent / f"{path.name}.{n}").exists())
     try:
         with _lock(path):
             return path.rename(free)
