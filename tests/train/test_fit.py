@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from dreamer4.batch import Batch, BatchSpec, fake_batch
 from dreamer4.errors import UserError
 from dreamer4.train import fit as fit_module
-from dreamer4.train.fit import Stopped, TrainConfig, fit
+from dreamer4.train.fit import Stopped, TrainConfig, data_key, fit
 from dreamer4.train.logging import WALL_CLOCK
 from dreamer4.train.optimizer import OptimizerConfig
 from dreamer4.train.run_folder import RunFolder
@@ -273,6 +273,13 @@ def test_long_and_short_clips_take_turns_and_compile_once_each(tmp_path, program
         train(tmp_path / "stopped", at={4: terminate}, config=config)
     assert_same(train(tmp_path / "stopped", config=config), whole)
     assert [program.step._cache_size() for program in programs] == [2, 2, 2]
+
+
+def test_no_two_draws_of_a_run_share_a_key():
+    key = jax.random.key(0)
+    steps = range(4)
+    keys = [data_key(key, n) for n in steps] + [jax.random.fold_in(key, n) for n in (*steps, fit_module.START)]
+    assert len({np.asarray(jax.random.key_data(k)).tobytes() for k in keys}) == 9
 
 
 def test_metrics_are_fetched_when_the_next_step_is_on_its_way(tmp_path, monkeypatch):
