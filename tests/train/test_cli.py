@@ -1,0 +1,153 @@
+import dataclasses
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import tyro
+
+from dreamer4.errors import UserError
+from dreamer4.train import cli
+from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_sinks
+from dreamer4.train.fit import Stopped
+from dreamer4.train.run_folder import RunFolder, set_aside
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 100
+    batch_size: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run: Annotated[RunOptions, tyro.conf.OmitArgPrefixes] = RunOptions(Path("runs/x"))
+    train: TrainConfig = TrainConfig()
+
+
+PRESETS = {
+    "toy": ("the toy world", Config()),
+    "atari": ("frames", Config(RunOptions(Path("runs/atari")), TrainConfig(steps=5000))),
+}
+
+
+def test_no_arguments_are_the_default_preset(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert choose_preset(PRESETS) == PRESETS["toy"][1]
+
+
+def test_flags_change_the_preset_they_follow():
+    config = choose_preset(PRESETS, ["atari", "--train.batch-size", "2", "--run-dir", "runs/y", "--no-resume"])
+    assert config == Config(RunOptions(Path("runs/y"), resume=False), TrainConfig(steps=5000, batch_size=2))
+    assert choose_preset(PRESETS, ["--train.steps", "7"]).train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(["atarii"], "preset: 'atarii' found; did you mean atari?"), (["zzz"], "'zzz' found; there are toy, atari")],
+)
+def test_an_unknown_preset_is_named(arguments, sentence):
+    with pytest.raises(UserError) as error:
+        choose_preset(PRESETS, arguments)
+    assert sentence in str(error.value)
+
+
+def test_an_unknown_flag_ends_with_a_suggestion(capsys):
+    with pytest.raises(SystemExit) as end:
+        choose_preset(PRESETS, ["toy", "--train.step", "3"])
+    assert end.value.code == 2
+    assert "--train.step" in capsys.readouterr().err.replace("--train.steps", "")
+    with pytest.raises(SystemExit):
+        choose_preset(PRESETS, ["--train.batchsize", "3"])
+    assert "--train.batch-size" in capsys.readouterr().err
+
+
+def test_a_value_of_the_wrong_kind_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        choose_preset(PRESETS, ["toy", "--train.steps", "many"])
+    assert end.value.code == 2
+    assert "many" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["toy", "--help"]])
+def test_help_is_there(capsys, arguments):
+    with pytest.raises(SystemExit) as end:
+        choose_preset(PRESETS, arguments)
+    assert end.value.code == 0
+    assert ("atari" if arguments[0] != "toy" else "--train.steps") in capsys.readouterr().out
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (UserError("data: there is no x"), 2, "error: data: there is no x\n"),
+        (Stopped(signal.SIGTERM, 7), 143, "stopped by SIGTERM; step 7 is saved, the same command goes on\n"),
+        (Stopped(signal.SIGINT, 7), 130, "stopped by SIGINT; step 7 is saved, the same command goes on\n"),
+    ],
+)
+def test_an_end_is_a_sentence_and_a_status(monkeypatch, capsys, error, status, words):
+    monkeypatch.setattr(cli, "prepare_process", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        main(lambda: _raise(error))
+    assert end.value.code == status
+    assert capsys.readouterr().err == words
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "prepare_process", lambda *_: None)
+    with pytest.raises(ZeroDivisionError):
+        main(lambda: _raise(ZeroDivisionError()))
+    main(lambda: None)
+
+
+def test_without_extras_there_are_no_other_sinks(tmp_path):
+    assert open_sinks(RunOptions(tmp_path), {}, 0) == []
+
+
+def leave_a_run(folder: Path, config: dict) -> None:
+    with RunFolder.open(folder, config) as run:
+        run.metrics_path.write_text('{"step": 1}\n')
+        (run.checkpoints / "1").mkdir(parents=True)
+
+
+def test_without_resume_an_earlier_run_is_kept_under_another_name(tmp_path, capsys):
+    path = tmp_path / "x"
+    for number in (1, 2):
+        leave_a_run(path, {"n": number})
+        with open_run(RunOptions(path, resume=False), {"n": number + 1}) as run:
+            assert not run.metrics_path.exists()
+            assert not run.checkpoints.exists()
+        assert f"the run that was in {path} is now in {path}.{number}" in capsys.readouterr().out
+        assert (tmp_path / f"x.{number}" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+        assert (tmp_path / f"x.{number}" / "checkpoints" / "1").is_dir()
+    assert '"n": 1' in (tmp_path / "x.1" / "config.json").read_text()
+
+
+def test_with_resume_nothing_is_moved(tmp_path):
+    leave_a_run(tmp_path / "x", {})
+    with open_run(RunOptions(tmp_path / "x"), {}) as run:
+        assert run.metrics_path.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_run_in_use_is_not_set_aside(tmp_path):
+    with RunFolder.open(tmp_path / "x", {}) as run, pytest.raises(UserError, match="x: in use by process"):
+        open_run(RunOptions(run.path, resume=False), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_only_a_run_is_set_aside(tmp_path, monkeypatch):
+    assert set_aside(tmp_path / "nothing") is None
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("")
+    assert set_aside(tmp_path / "mine") is None
+    leave_a_run(tmp_path / "x", {})
+    monkeypatch.chdir(tmp_path / "x")
+    with pytest.raises(UserError, match="the run there cannot be renamed"):
+        set_aside(Path())
+    assert (tmp_path / "x" / "config.json").exists()
