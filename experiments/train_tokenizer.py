@@ -74,7 +74,7 @@ TOY = Config(
         final_fraction=0.02,
         weight_decay=0.0,
     ),
-    train=TrainConfig(steps=8000, clip_length=2, long_every=4, long_length=8, eval_every=2000, checkpoint_every=1000),
+    train=TrainConfig(steps=11_000, clip_length=2, long_every=4, long_length=8, eval_every=2000, checkpoint_every=1000),
 )
 
 DEBUG = dataclasses.replace(
@@ -103,13 +103,15 @@ ATARI = Config(
         patch=10,
         latents=64,
         bottleneck=32,
-        transformer=TransformerConfig(d_model=128, depth=4, heads=8, mlp_ratio=2.7, context=16),
+        start="structured",
+        transformer=TransformerConfig(
+            d_model=128, depth=4, heads=2, mlp_ratio=2.7, context=16, soft_cap=None, remat=True
+        ),
     ),
-    masking=MaskingConfig(perceptual_share=0.25),
+    masking=MaskingConfig(perceptual_share=0.125),
     perceptual=PerceptualConfig(net="alex"),
-    train=TrainConfig(
-        steps=20_000, batch_size=8, clip_length=16, log_every=5, eval_every=200, checkpoint_every=200, eval_clips=8
-    ),
+    optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, adam_learning_rate=3e-3, warmup_steps=50),
+    train=TrainConfig(steps=20_000, log_every=5, eval_every=25, checkpoint_every=25, eval_clips=8),
 )
 
 REFERENCE = Config(

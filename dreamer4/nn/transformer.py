@@ -43,7 +43,7 @@ class TransformerConfig:
     kernel: Kernel = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
-    """Recompute each superblock in the backward pass: memory for time."""
+    """Recompute each layer in the backward pass: memory for time."""
 
     def __post_init__(self) -> None:
         if self.d_model % self.heads or (self.d_model // self.heads) % 4:
@@ -208,9 +208,12 @@ class SuperBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T S D"], ring: Ring, frame: Int[Array, ""]) -> tuple[Array, Ring]:
+        space, time = SpaceLayer, TimeLayer
+        if self.config.remat:
+            space, time = nn.remat(SpaceLayer, prevent_cse=False), nn.remat(TimeLayer, prevent_cse=False)
         for i in range(self.config.time_every - 1):
-            x = SpaceLayer(self.config, self.layout, name=f"space_{i}")(x)
-        return TimeLayer(self.config, self.layout, name="time")(x, ring, frame)
+            x = space(self.config, self.layout, name=f"space_{i}")(x)
+        return time(self.config, self.layout, name="time")(x, ring, frame)
 
 
 class Transformer(nn.Module):
@@ -228,9 +231,8 @@ class Transformer(nn.Module):
         Whoever only looks ahead (a denoising step, say) drops the returned cache and keeps the old one.
         """
         x = x.astype(self.config.dtype)
-        block = nn.remat(SuperBlock, prevent_cse=False) if self.config.remat else SuperBlock
         stack = nn.scan(
-            block,
+            SuperBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # type: ignore[arg-type]

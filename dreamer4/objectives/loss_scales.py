@@ -1,6 +1,7 @@
 """Loss normalisation: each term over a running root mean square of itself (Dreamer 4, section 3)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ from jaxtyping import Array, Float
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossScales:
-    """Running mean squares of the terms by name, and how many values each has seen."""
+    """Running mean squares of the terms by name, and how many values each has seen: scalars, or in their place shapes
+    or shardings, as everything that a training state holds."""
 
-    mean_square: dict[str, Float[Array, ""]]
-    count: Float[Array, ""]
+    mean_square: dict[str, Any]
+    count: Any
 
 
 def init_scales(names: tuple[str, ...]) -> LossScales:
