@@ -1,0 +1,13 @@
+"""World models that anyone can train, trust and play, in pure functional JAX."""
+
+import importlib.metadata
+import os
+
+# On CPU, XLA reports an error for every program that it loads from its own compilation cache, a screenful each, because
+# it compares tuning hints as if they were instructions. It reads this variable once, when jax is first imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from dreamer4.batch import Batch
+
+__version__ = importlib.metadata.version("dreamer4-jax")
+__all__ = ["Batch", "__version__"]

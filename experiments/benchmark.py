@@ -13,8 +13,6 @@ import json  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import tyro  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -25,6 +23,10 @@ from dreamer4.models.tokenizer import tokenizer_flops  # noqa: E402
 from dreamer4.train.cli import main  # noqa: E402
 from dreamer4.train.fit import make_program  # noqa: E402
 from dreamer4.train.sharding import place_batch  # noqa: E402
+
+# isort: split
+import jax  # noqa: E402  (after dreamer4, which says how much XLA prints)
+import jax.numpy as jnp  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import tyro
 
 from dreamer4.batch import BatchSpec
@@ -21,7 +20,7 @@ from dreamer4.data.toy import ToyConfig, ToySource
 from dreamer4.errors import UserError
 from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, tokenizer_flops
 from dreamer4.nn.perceptual import Net, available, load_weights, lpips
-from dreamer4.nn.transformer import TransformerConfig, parameter_count
+from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_bytes
 from dreamer4.objectives.masked_autoencoding import MaskedAutoencoding, MaskingConfig
 from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_sinks
 from dreamer4.train.environment import describe
@@ -177,9 +176,9 @@ def dry_run(objective: MaskedAutoencoding, source: Source, config: Config) -> No
     params = program.shapes.params
     clips, frames = config.train.shapes[0]
     flops = 3 * tokenizer_flops(objective.model, frames) * clips * frames
-    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.shapes))
+    state_bytes = tree_bytes(program.shapes)
     print(f"parameters   {parameter_count(params) / 1e6:,.2f} M")
-    print(f"memory       {total / 2**20:,.1f} MiB of state (parameters, optimizer), activations not counted")
+    print(f"memory       {state_bytes / 2**20:,.1f} MiB of state (parameters, optimizer), activations not counted")
     print(f"FLOPs        {flops / 1e9:,.1f} G per step of {clips} x {frames} frames")
 
 

@@ -284,6 +284,11 @@ def parameter_count(params: object) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
+def tree_bytes(tree: object) -> int:
+    """The size in bytes of a tree of arrays or of their shapes."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def transformer_flops(config: TransformerConfig, layout: Layout, frames: int) -> int:
     """Floating point operations per frame of one forward pass over clips of ``frames``: two for each multiplication of
     a matrix product, all else left out. Attention counts every pair, those that the mask hides included."""
