@@ -28,6 +28,8 @@ LAYOUT = Layout(
     temporal=3,
 )
 START = jnp.zeros((), jnp.int32)
+# These programs take much longer to compile than to run.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def tokens(batch=2, time=7, layout=LAYOUT):
@@ -49,16 +51,18 @@ def build(config=CONFIG, layout=LAYOUT):
     return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run(model, params, x, cache=None):
+def apply(model, params, x, cache=None):
     return model.apply({"params": params}, x, cache)
+
+
+run = jit(apply, static_argnums=0)
 
 
 def influence(config, time):
     """How much each input token (T, S) moves each output token (T, S): a (T, S, T, S) array of gradient sizes."""
     model, params = build(config)
     direction = jnp.asarray(np.random.default_rng(9).normal(size=WIDTH), jnp.float32)
-    jacobian = jax.jit(jax.jacrev(lambda x: model.apply({"params": params}, x)[0][0] @ direction))
+    jacobian = jit(jax.jacrev(lambda x: apply(model, params, x)[0][0] @ direction))
     return np.abs(jacobian(tokens(1, time))[:, :, 0]).sum(-1)
 
 
@@ -100,7 +104,7 @@ def test_tokens_that_do_not_attend_over_time_pass_unchanged():
     params = jax.tree.map(lambda p: p[0], build(TIME_LAYER)[1]["blocks"])
     params["time"]["mlp"]["down"]["kernel"] *= 0  # leaves the attention sub-layer alone
     x = tokens()
-    out, _ = jax.jit(SuperBlock(TIME_LAYER, LAYOUT).apply)({"params": params}, x, None, START)
+    out, _ = jit(SuperBlock(TIME_LAYER, LAYOUT).apply)({"params": params}, x, None, START)
     np.testing.assert_array_equal(out[:, :, 3:], x[:, :, 3:])
     assert (np.abs(out[:, :, :3] - x[:, :, :3]).max(axis=(0, 1, 3)) > 1e-3).all()
 
@@ -124,9 +128,9 @@ def test_scan_equals_a_loop_over_superblocks():
     model, params = build()
     x = tokens()
     expected, _ = run(model, params, x)
-    apply = jax.jit(SuperBlock(CONFIG, LAYOUT).apply)
+    run_block = jit(SuperBlock(CONFIG, LAYOUT).apply)
     for i in range(CONFIG.superblocks):
-        x, _ = apply({"params": jax.tree.map(lambda p, i=i: p[i], params["blocks"])}, x, None, START)
+        x, _ = run_block({"params": jax.tree.map(lambda p, i=i: p[i], params["blocks"])}, x, None, START)
     normed = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6) * params["norm"]["scale"]
     np.testing.assert_allclose(normed, expected, atol=1e-5)
 
@@ -137,11 +141,11 @@ def test_remat_changes_memory_not_gradients():
     x = tokens(1, 4)
 
     def gradient(m):
-        return jax.jit(jax.grad(lambda p: jnp.sum(m.apply({"params": p}, x)[0] ** 3)))
+        return jit(jax.grad(lambda p: jnp.sum(apply(m, p, x)[0] ** 3)))
 
     for a, b in zip(*(jax.tree.leaves(gradient(m)(params)) for m in (model, again)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    recomputed = ["remat" in str(jax.make_jaxpr(lambda p, m=m: run(m, p, x)[0])(params)) for m in (model, again)]
+    recomputed = ["remat" in str(jax.make_jaxpr(lambda p, m=m: apply(m, p, x)[0])(params)) for m in (model, again)]
     assert recomputed == [False, True]
 
 
