@@ -74,7 +74,7 @@ class BatchSpec:
     actions: ActionSpace = (ActionComponent("action", "categorical", 5),)
 
 
-def null_action(actions: ActionSpace, leading: tuple[int, ...]) -> Actions:
+def null_action(actions: ActionSpace, leading: tuple[int, ...]) -> dict[str, Shaped[Array, "..."]]:
     """The action before an episode's first frame: zeros of shape ``leading`` + the component's own."""
     return {c.name: jnp.zeros(leading + c.shape, c.dtype) for c in actions}
 

@@ -36,15 +36,28 @@ def _restore(kind: Any, value: Any, where: str) -> Any:
         unknown = value.keys() - {f.name for f in dataclasses.fields(kind)}
         if unknown:
             raise UserError(f"{where}.{sorted(unknown)[0]}: no such field in {getattr(kind, '__name__', kind)}")
-        return kind(**{name: _restore(hints[name], item, f"{where}.{name}") for name, item in value.items()})  # type: ignore[operator]
+        required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+        if missing := required - value.keys():
+            raise UserError(f"{where}.{sorted(missing)[0]}: missing")
+        make: Any = kind
+        return make(**{name: _restore(hints[name], item, f"{where}.{name}") for name, item in value.items()})
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
         return _restore(next(a for a in arguments if a is not type(None)), value, where)
     if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{where}: found {value!r}, expected a list")
         kinds = [arguments[0]] * len(value) if arguments[1:] == (Ellipsis,) else arguments
+        if len(kinds) != len(value):
+            raise UserError(f"{where}: found {len(value)} values, expected {len(kinds)}")
         return tuple(_restore(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, value, strict=True)))
-    return Path(value) if kind is Path else value
+    if kind is Path:
+        return Path(value)
+    expected = (int, float) if kind is float else kind
+    if isinstance(expected, (type, tuple)) and not isinstance(value, expected):
+        raise UserError(f"{where}: found {value!r}, expected {kind.__name__}")
+    return value
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -107,10 +107,20 @@ ATARI = Config(
             d_model=128, depth=4, heads=2, mlp_ratio=2.7, context=16, soft_cap=None, remat=True
         ),
     ),
-    masking=MaskingConfig(perceptual_share=0.125),
+    masking=MaskingConfig(perceptual_share=0.25),
     perceptual=PerceptualConfig(net="alex"),
     optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, adam_learning_rate=3e-3, warmup_steps=50),
-    train=TrainConfig(steps=20_000, log_every=5, eval_every=25, checkpoint_every=25, eval_clips=8),
+    train=TrainConfig(
+        steps=20_000,
+        batch_size=4,
+        clip_length=4,
+        long_every=4,
+        long_length=16,
+        log_every=10,
+        eval_every=100,
+        checkpoint_every=100,
+        eval_clips=8,
+    ),
 )
 
 REFERENCE = Config(

@@ -113,7 +113,7 @@ class Layout:
         return np.concatenate(places).astype(np.float32)
 
 
-Ring = tuple[Float[Array, "B S W Hkv K"], Float[Array, "B S W Hkv K"]] | None
+Ring = tuple[Float[Array, "B temporal W Hkv K"], Float[Array, "B temporal W Hkv K"]] | None
 
 
 class Attention(nn.Module):
@@ -201,7 +201,11 @@ def _mlp(config: TransformerConfig, x: Float[Array, "B T S D"]) -> Float[Array, 
 
 
 class SuperBlock(nn.Module):
-    """``time_every - 1`` layers over space, then one over time."""
+    """``time_every`` layers, of which the second attends over time and the others over space.
+
+    Neither the last, since nothing in a decoder reads the latents after it; nor the first, since the latents of an
+    encoder know nothing before it (docs/decisions/0005).
+    """
 
     config: TransformerConfig
     layout: Layout
@@ -211,9 +215,12 @@ class SuperBlock(nn.Module):
         space, time = SpaceLayer, TimeLayer
         if self.config.remat:
             space, time = nn.remat(SpaceLayer, prevent_cse=False), nn.remat(TimeLayer, prevent_cse=False)
-        for i in range(self.config.time_every - 1):
-            x = space(self.config, self.layout, name=f"space_{i}")(x)
-        return time(self.config, self.layout, name="time")(x, ring, frame)
+        for i in range(self.config.time_every):
+            if i == min(1, self.config.time_every - 1):
+                x, ring = time(self.config, self.layout, name="time")(x, ring, frame)
+            else:
+                x = space(self.config, self.layout, name=f"space_{i}")(x)
+        return x, ring
 
 
 class Transformer(nn.Module):

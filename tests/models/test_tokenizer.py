@@ -275,3 +275,21 @@ def test_the_paper_s_tokenizer_has_the_paper_s_sizes(paper):
     assert paper.tokenizer.transformer.time_every == 4
     assert paper.masking.ceiling == 0.9
     assert paper.masking.perceptual_weight == 0.2
+
+
+def test_every_parameter_has_a_gradient():
+    # A time layer after the decoder's last space layer would have none: nobody reads the latents after it.
+    config = TokenizerConfig(
+        patch=4, latents=4, bottleneck=4, transformer=TransformerConfig(d_model=16, depth=4, heads=2, context=4)
+    )
+    model = Tokenizer(config, 8, 8)
+    params = init_tokenizer(model, jax.random.key(0))
+    video = jax.random.uniform(jax.random.key(1), (2, 3, 8, 8, 3))
+    masked = jax.random.bernoulli(jax.random.key(2), 0.5, (2, 3, 4))
+    gradient = jit(jax.grad(lambda p: jnp.mean((reconstruct(model, p, video, masked) - video) ** 2)))
+    dead = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(params))
+        if not leaf.any()
+    ]
+    assert dead == []
