@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 import numpy as np
 from jaxtyping import Array, PyTree
+from rich.console import Console
 
 from dreamer4.batch import Batch, BatchSpec
 from dreamer4.errors import UserError
@@ -178,28 +179,33 @@ def fit(
 
     Raises ``UserError`` where training cannot go on, and ``Stopped`` after SIGTERM or SIGINT, with the state saved.
     """
+    # First, since data that holds no such clips should say so before anything is compiled or written.
+    clips = source.clips("validation", config.eval_clips, config.eval_length)
     program = make_program(objective, source, config, optimizer)
+    first_host = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.checkpoints, config.keep))
-        resumed = checkpoints.latest() is not None
-        state, start = program.init(), 0
-        if resumed:
+        progress = stack.enter_context(Progress(config.steps, console=Console(quiet=not first_host)))
+        if checkpoints.latest() is None:
+            state, start = program.init(), 0
+        else:
             state, manifest = checkpoints.restore(program.shapes)
             start = manifest["step"]
-        log = MetricsLog(run.metrics_path)
-        stack.callback(log.close)
-        log.resume_at(start)
-        sinks = [log, *open_sinks(start)]
-        for sink in sinks[1:]:
-            stack.callback(sink.close)
-        progress = stack.enter_context(Progress(config.steps, start))
-        if resumed:
             progress.say(f"{run.path}: going on from step {start} of {config.steps}")
+        sinks: list[Sink] = []
+        if first_host:
+            log = MetricsLog(run.metrics_path)
+            log.resume_at(start)
+            sinks += [log, *open_sinks(start)]
+        for sink in sinks:
+            stack.callback(sink.close)
         batches = source.batches(start)
         if hasattr(batches, "close"):
             stack.callback(batches.close)  # type: ignore[attr-defined]
         stopped = stack.enter_context(_stop_signals())
-        loop = _Loop(objective, source, config, program, frozen, run, resolved, best, checkpoints, sinks, progress)
+        loop = _Loop(
+            objective, source, config, program, frozen, clips, run, resolved, best, checkpoints, sinks, progress
+        )
         return loop.run(state, start, batches, stopped)
 
 
@@ -221,6 +227,7 @@ class _Loop:
         config: TrainConfig,
         program: Program,
         frozen: PyTree,
+        clips: Batch,
         run: RunFolder,
         resolved: dict[str, Any],
         best: str,
@@ -234,7 +241,6 @@ class _Loop:
         self.key = jax.random.key(config.seed)
         replicated = jax.sharding.NamedSharding(program.mesh, jax.sharding.PartitionSpec())
         self.frozen = jax.device_put(frozen, replicated)
-        clips = source.clips("validation", config.eval_clips, config.eval_length)
         self.clips = jax.device_put(clips, replicated)
         self.shown = jax.tree.map(lambda x: x[: min(8, config.eval_clips)], self.clips)
         self.evaluate, self.pictures = jax.jit(objective.evaluate), jax.jit(objective.pictures)

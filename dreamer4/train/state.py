@@ -97,7 +97,8 @@ def make_step(
             return grads, carry, metrics
         # As bare leaves: with an axis of parts in front, a batch would no longer be one.
         leaves, structure = jax.tree.flatten(batch)
-        pieces = [x.reshape(accumulate, -1, *x.shape[1:]) for x in leaves]
+        # Every accumulate-th clip makes a part, so that each device's share of the batch has a share in each part.
+        pieces = [x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for x in leaves]
         carry, (grads, metrics) = jax.lax.scan(
             lambda carry, piece: part(carry, (jax.tree.unflatten(structure, piece[0]), piece[1])),
             state.carry,
