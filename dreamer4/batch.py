@@ -74,11 +74,6 @@ class BatchSpec:
     actions: ActionSpace = (ActionComponent("action", "categorical", 5),)
 
 
-def null_action(actions: ActionSpace, leading: tuple[int, ...]) -> dict[str, Shaped[Array, "..."]]:
-    """The action before an episode's first frame: zeros of shape ``leading`` + the component's own."""
-    return {c.name: jnp.zeros(leading + c.shape, c.dtype) for c in actions}
-
-
 def fake_batch(spec: BatchSpec, seed: int = 0) -> Batch:
     """A batch of noise that obeys the time alignment: for tests, shape checks and ``--dry-run``."""
     rng = np.random.default_rng(seed)

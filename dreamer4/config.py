@@ -60,6 +60,14 @@ def _restore(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
+def at_least(bound: int, config: Any, *names: str) -> None:
+    """Raises a ``UserError`` unless each of the named fields of ``config`` is ``bound`` or more, or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise UserError(f"{name}: {value} found, {bound} or more expected")
+
+
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """The fields in which two JSON configs differ, one line each: ``name: old value, new value``."""
     if isinstance(old, dict) and isinstance(new, dict):

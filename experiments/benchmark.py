@@ -9,6 +9,7 @@ import time
 STARTED = time.perf_counter()
 
 import dataclasses  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -27,6 +28,7 @@ from dreamer4.train.sharding import place_batch  # noqa: E402
 # isort: split
 import jax  # noqa: E402  (after dreamer4, which says how much XLA prints)
 import jax.numpy as jnp  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class TokenizerBenchmark:
     preset: str = "reference"
     """Preset of train_tokenizer.py to measure."""
     steps: int = 10
-    """Steps in a round."""
+    """Steps in a round, rounded up to whole turns through the preset's batch shapes."""
     rounds: int = 5
     """Rounds, of which the fastest counts: the others were disturbed."""
     json: Path | None = None
@@ -51,27 +53,31 @@ def benchmark_tokenizer(options: TokenizerBenchmark) -> dict[str, float]:
     source = make_source(config)
     objective, weights = make_objective(config, source.spec)
     program = make_program(objective, source, config.train, config.optimizer)
-    shape, key, batches = source.shapes[0], jax.random.key(0), source.batches(0)
+    key, batches, shapes = jax.random.key(0), source.batches(0), itertools.cycle(source.shapes)
+    weights = jax.device_put(weights, NamedSharding(program.mesh, PartitionSpec()))
     state, waited = program.init(), 0.0
 
     def steps(count: int) -> None:
         nonlocal state, waited
+        metrics = {}
         for _ in range(count):
             start = time.perf_counter()
             sent = place_batch(next(batches), program.mesh)
             waited += time.perf_counter() - start
-            state, metrics = program.step(state, weights, sent, key, shape)
+            state, metrics = program.step(state, weights, sent, key, next(shapes))
         jax.block_until_ready(metrics)
 
     steps(1)
     first_step = time.perf_counter() - STARTED
-    steps(options.steps)
+    cycle = len(source.shapes)
+    steps(2 * cycle - 1)  # the other shapes compile, and the shapes start over
+    count = -(-options.steps // cycle) * cycle
     waited = 0.0
     total = time.perf_counter()
-    seconds = min(_seconds(lambda: steps(options.steps)) for _ in range(options.rounds)) / options.steps
+    seconds = min(_seconds(lambda: steps(count)) for _ in range(options.rounds)) / count
     total = time.perf_counter() - total
-    frames = shape[0] * shape[1]
-    flops = 3 * frames * tokenizer_flops(objective.model, shape[1])
+    frames = sum(clips * length for clips, length in source.shapes) / cycle
+    flops = 3 * sum(b * t * tokenizer_flops(objective.model, t) for b, t in source.shapes) / cycle
     rate = matmul_rate(config.tokenizer.transformer.dtype)
     return {
         "frames_per_s": frames / seconds,
@@ -85,12 +91,14 @@ def benchmark_tokenizer(options: TokenizerBenchmark) -> dict[str, float]:
     }
 
 
-def matmul_rate(dtype: str, size: int = 2048) -> float:
-    """Floating point operations per second of a square matrix product on this machine."""
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a, b: a @ b)
-    jax.block_until_ready(product(a, a))
-    return 2 * size**3 / min(_seconds(lambda: jax.block_until_ready(product(a, a))) for _ in range(10))
+def matmul_rate(dtype: str) -> float:
+    """Floating point operations per second of square matrix products on this machine, ten in a row so that the launch
+    does not count."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.full((size, size), 1 / size, dtype)
+    products = jax.jit(lambda a: jax.lax.fori_loop(0, 10, lambda _, b: a @ b, a))
+    jax.block_until_ready(products(a))
+    return 20 * size**3 / min(_seconds(lambda: jax.block_until_ready(products(a))) for _ in range(5))
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -7,7 +7,6 @@ the whole frame, and the difference.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +22,7 @@ from dreamer4.nn.perceptual import Net, available, load_weights, lpips
 from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_bytes
 from dreamer4.objectives.masked_autoencoding import MaskedAutoencoding, MaskingConfig
 from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_sinks
-from dreamer4.train.environment import describe
+from dreamer4.train.environment import write_environment
 from dreamer4.train.fit import Source, TrainConfig, fit, make_program
 from dreamer4.train.optimizer import OptimizerConfig
 
@@ -200,9 +199,11 @@ def train(config: Config) -> None:
         dry_run(objective, source, config)
         return
     resolved = to_json(dataclasses.replace(config, run=None))
+    if objective.perceptual is None:  # it may be off for want of weights, which a resumed run must agree on
+        resolved["perceptual"]["net"] = "off"
     resolved["frame"] = [source.spec.height, source.spec.width, source.spec.channels]
     with open_run(config.run, resolved) as run:
-        (run.path / "environment.json").write_text(json.dumps(describe(), indent=2) + "\n")
+        write_environment(run.path)
         sinks = functools.partial(open_sinks, config.run, resolved)
         fit(objective, source, config.train, config.optimizer, run, resolved, frozen=weights, open_sinks=sinks)
         print(f"done: pictures in {run.samples}, metrics in {run.metrics_path}")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from dreamer4.config import at_least
 from dreamer4.models.patches import cosine_basis, patch_grid, patchify, sinusoids, unpatchify
 from dreamer4.nn.attention import KVCache
 from dreamer4.nn.layers import Linear, draw_kernels
@@ -42,6 +43,9 @@ class TokenizerConfig:
     """``structured`` starts from cosine patches, latents and queries on a grid, and attention by likeness: small models
     then learn in minutes what they otherwise do not (docs/log.md)."""
     transformer: TransformerConfig = TransformerConfig()
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "patch", "latents", "bottleneck")
 
 
 class Tokenizer(nn.Module):

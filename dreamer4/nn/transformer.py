@@ -16,6 +16,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from dreamer4.config import at_least
 from dreamer4.errors import UserError
 from dreamer4.nn.attention import Kernel, KVCache, attend, causal_mask, ring_frames, ring_write
 from dreamer4.nn.layers import Linear, RMSNorm, SwiGLU, rms_normalize
@@ -46,13 +47,15 @@ class TransformerConfig:
     """Recompute each layer in the backward pass: memory for time."""
 
     def __post_init__(self) -> None:
+        at_least(1, self, "d_model", "depth", "heads", "kv_heads", "time_every", "context", "soft_cap")
+        at_least(0, self, "mlp_ratio")
         if self.d_model % self.heads or (self.d_model // self.heads) % 4:
             raise UserError(
                 f"heads: {self.heads} heads must divide d_model {self.d_model} into a width that is a multiple of 4"
             )
         if self.heads % (self.kv_heads or self.heads):
             raise UserError(f"kv_heads: {self.kv_heads} must divide the number of heads, {self.heads}")
-        if self.depth < 1 or self.depth % self.time_every:
+        if self.depth % self.time_every:
             raise UserError(f"depth: {self.depth} layers must be a multiple of time_every, {self.time_every}")
         if self.kernel == "fused" and self.soft_cap is not None:
             raise UserError("kernel: the fused attention kernel has no soft cap, set soft_cap to None with it")

@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dreamer4.batch import Batch
+from dreamer4.config import at_least
 from dreamer4.errors import UserError
 from dreamer4.metrics.pixels import l2, mse_to_psnr, ssim
 from dreamer4.models.patches import patchify, to_float, unpatchify
@@ -31,6 +32,7 @@ class MaskingConfig:
     """Share of each clip's frames, drawn anew in every step, on which the perceptual term is taken."""
 
     def __post_init__(self) -> None:
+        at_least(0, self, "perceptual_weight", "perceptual_share")
         if not 0 <= self.ceiling < 1:
             raise UserError(f"masking.ceiling: {self.ceiling} found, a probability below 1 expected")
         if not 0 <= self.ramp[0] <= self.ramp[1] <= 1:

@@ -276,6 +276,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         digest = manifest.pop("sha256")
     except FileNotFoundError:
         raise _DamageError(f"{_MANIFEST} is missing") from None
+    except OSError as error:
+        raise _DamageError(f"{_MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, AttributeError, TypeError):
         raise _DamageError(f"{_MANIFEST} cannot be read") from None
     if digest != _digest(manifest):
@@ -292,7 +294,11 @@ def _verify(folder: Path) -> None:
             raise _DamageError(f"{name} is missing")
         if path.stat().st_size != expected["bytes"]:
             raise _DamageError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        if _fingerprint(path) != expected:
+        try:
+            sound = _fingerprint(path) == expected
+        except OSError as error:
+            raise _DamageError(f"{name} cannot be read ({error.strerror})") from None
+        if not sound:
             raise _DamageError(f"{name} is not as it was written")
 
 

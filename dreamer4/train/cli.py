@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import tyro
 
 from dreamer4.errors import UserError
@@ -47,6 +49,8 @@ def choose_preset(
         close = difflib.get_close_matches(arguments[0], presets, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(presets)}"
         raise UserError(f"preset: {arguments[0]!r} found; {hint}")
+    if late := [name for name in arguments[1:] if name in presets and arguments[0] == default]:
+        raise UserError(f"preset: {late[0]!r} found after the flags; the preset comes first")
     return tyro.extras.overridable_config_cli(dict(presets), args=arguments)
 
 
@@ -71,10 +75,18 @@ def main(run: Callable[[], Any], compilation_cache: bool = True) -> None:
     """Runs an experiment: a ``UserError`` ends it with its sentence and status 2, a signal with its own status."""
     prepare_process(compilation_cache)
     try:
+        if os.environ.get("JAX_COORDINATOR_ADDRESS"):  # one of several hosts
+            jax.distributed.initialize()
         run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; what was saved stays", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(128 + stop.signum)

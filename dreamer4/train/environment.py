@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -44,6 +45,12 @@ def describe() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "git": _git_state(),
     }
+
+
+def write_environment(folder: Path) -> None:
+    """Leaves what ``describe`` says in ``folder``, from the first host alone."""
+    if jax.process_index() == 0:
+        (folder / "environment.json").write_text(json.dumps(describe(), indent=2) + "\n")
 
 
 def _keep_freed_memory() -> None:

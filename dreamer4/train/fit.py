@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree
 from rich.console import Console
 
 from dreamer4.batch import Batch, BatchSpec
+from dreamer4.config import at_least
 from dreamer4.errors import UserError
 from dreamer4.train.checkpoint import Checkpoints
 from dreamer4.train.logging import MetricsLog, Progress, Sink
@@ -85,17 +86,20 @@ class TrainConfig:
     log_every: int = 50
     eval_every: int = 1000
     checkpoint_every: int = 1000
+    """Steps between checkpoints; the best is chosen among those at which the run was evaluated too."""
     eval_clips: int = 32
     eval_length: int = 16
     keep: int = 3
     """Newest checkpoints to keep, beside the best."""
     max_bad_steps: int = 20
-    """Steps in a row with gradients that are not finite after which the run stops."""
+    """Steps in a row with gradients that are not finite after which the run stops; it looks at logged steps."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "clip_length", "accumulate", "log_every", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}: {getattr(self, name)} found, 1 or more expected")
+        at_least(1, self, "steps", "batch_size", "clip_length", "long_length", "accumulate", "fsdp", "log_every")
+        at_least(1, self, "eval_every", "checkpoint_every", "eval_clips", "eval_length", "keep", "max_bad_steps")
+        at_least(0, self, "seed", "long_every", "ema_decay")
+        if self.ema_decay >= 1:
+            raise UserError(f"ema_decay: {self.ema_decay} found, less than 1 expected")
         for clips, _ in self.shapes:
             if clips % self.accumulate:
                 raise UserError(f"train.accumulate: {self.accumulate} must divide the batch of {clips} clips")
@@ -195,14 +199,22 @@ def fit(
         sinks: list[Sink] = []
         if first_host:
             log = MetricsLog(run.metrics_path)
+            stack.callback(log.close)
+            if start == 0 and (logged := log.last_step()) >= 2 * config.checkpoint_every:
+                raise UserError(
+                    f"{run.path}: has metrics up to step {logged} but no checkpoint; put one back, or set the run aside"
+                    " with --no-resume"
+                )
             log.resume_at(start)
             sinks += [log, *open_sinks(start)]
-        for sink in sinks:
+        for sink in sinks[1:]:
             stack.callback(sink.close)
         batches = source.batches(start)
         if hasattr(batches, "close"):
             stack.callback(batches.close)  # type: ignore[attr-defined]
         stopped = stack.enter_context(_stop_signals())
+        if start < config.steps:
+            progress.say(f"{run.path}: compiling the first step")
         loop = _Loop(
             objective, source, config, program, frozen, clips, run, resolved, best, checkpoints, sinks, progress
         )
@@ -244,6 +256,8 @@ class _Loop:
         self.clips = jax.device_put(clips, replicated)
         self.shown = jax.tree.map(lambda x: x[: min(8, config.eval_clips)], self.clips)
         self.evaluate, self.pictures = jax.jit(objective.evaluate), jax.jit(objective.pictures)
+        # What cannot be evaluated (frames too small for a metric, say) should say so before the training.
+        jax.eval_shape(self.evaluate, program.shapes.params, self.frozen, self.clips, self.key)
         self.unread: tuple[int, dict[str, Array]] | None = None
         self.wait, self.frames, self.clock = 0.0, 0, time.perf_counter()
 
@@ -255,8 +269,11 @@ class _Loop:
             state, metrics = self.program.step(state, self.frozen, sent, self.key, shape)
             self.frames += shape[0] * shape[1]
             self.read()
-            self.after(step + 1, state, metrics, bool(stopped))
-            if stopped and step + 1 < self.config.steps:
+            # Asked once: a signal that arrives while this step is seen to ends the run after the next one.
+            stopping = bool(stopped)
+            self.after(step + 1, state, metrics, stopping)
+            if stopping and step + 1 < self.config.steps:
+                self.checkpoints.wait()
                 raise Stopped(stopped[0], step + 1)
         self.checkpoints.wait()
         return state

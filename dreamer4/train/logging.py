@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,15 @@ class MetricsLog:
         line = {"step": step, "seconds": seconds} | {name: _finite(value) for name, value in metrics.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+
+    def last_step(self) -> int:
+        """The last step that the file has a whole line of, or 0."""
+        for line in reversed(self._path.read_text().splitlines()):
+            try:
+                return int(json.loads(line)["step"])
+            except (ValueError, TypeError, KeyError):
+                continue
+        return 0
 
     def resume_at(self, step: int) -> None:
         """Drops the lines after ``step`` and a torn last line: the run is about to write them again.
@@ -103,8 +113,17 @@ class WandB:
 
     def __init__(self, folder: Path, config: dict[str, Any], project: str = "dreamer4"):
         module = _extra("wandb", "wandb")
+        # An identity that the folder carries with it: two runs of one name are not one run.
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(8))
         self._run = module.init(
-            project=project, name=folder.name, id=folder.name, resume="allow", dir=str(folder), config=config
+            project=project,
+            name=folder.name,
+            id=identity.read_text(),
+            resume="allow",
+            dir=str(folder),
+            config=config,
         )
 
     def write(self, step: int, metrics: Metrics) -> None:

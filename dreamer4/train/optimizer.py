@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from dreamer4.config import at_least
 from dreamer4.errors import UserError
 
 
@@ -34,10 +35,14 @@ class OptimizerConfig:
     """Largest global norm of the gradient."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise UserError(f"optimizer.learning_rate: {self.learning_rate} found, a number above 0 expected")
-        if self.warmup_steps < 0:
-            raise UserError(f"optimizer.warmup_steps: {self.warmup_steps} found, 0 or more expected")
+        at_least(0, self, "warmup_steps", "weight_decay", "decay_fraction", "final_fraction", "b1", "b2")
+        for name in ("learning_rate", "adam_learning_rate", "clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name}: {value} found, a number above 0 expected")
+        for name in ("decay_fraction", "final_fraction", "b1", "b2"):
+            if getattr(self, name) > 1:
+                raise UserError(f"{name}: {getattr(self, name)} found, 1 or less expected")
 
 
 def learning_rate(config: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:

@@ -71,7 +71,10 @@ class RunFolder:
                 raise UserError(f"{self.path}: has checkpoints but no {self.config_path.name} to tell whose they are")
             write_atomically(self.config_path, json.dumps(config, indent=2) + "\n")
         elif lines := compare(_read_config(self.config_path), config):
-            raise UserError(f"{self.path}: holds a run of another configuration ({'; '.join(lines)})")
+            raise UserError(
+                f"{self.path}: holds a run of another configuration ({'; '.join(lines)}); choose another --run-dir, or"
+                " set it aside with --no-resume"
+            )
         self.samples.mkdir(exist_ok=True)
 
 

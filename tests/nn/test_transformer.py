@@ -221,6 +221,11 @@ def test_counts_match_the_parameters():
         ({"kv_heads": 3}, "3 must divide the number of heads, 2"),
         ({"depth": 3}, "3 layers must be a multiple of time_every, 2"),
         ({"kernel": "fused"}, "no soft cap"),
+        ({"heads": 0}, "heads: 0 found, 1 or more expected"),
+        ({"time_every": 0}, "time_every: 0 found"),
+        ({"context": 0}, "context: 0 found"),  # a mask without any True
+        ({"d_model": -64}, "d_model: -64 found"),
+        ({"soft_cap": 0.0}, "soft_cap: 0.0 found"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(fields, message):

@@ -53,6 +53,11 @@ def test_an_unknown_preset_is_named(arguments, sentence):
     assert sentence in str(error.value)
 
 
+def test_a_preset_after_the_flags_is_named():
+    with pytest.raises(UserError, match="'atari' found after the flags; the preset comes first"):
+        choose_preset(PRESETS, ["--train.steps", "3", "atari"])
+
+
 def test_an_unknown_flag_ends_with_a_suggestion(capsys):
     with pytest.raises(SystemExit) as end:
         choose_preset(PRESETS, ["toy", "--train.step", "3"])
@@ -78,6 +83,9 @@ def test_help_is_there(capsys, arguments):
     assert ("atari" if arguments[0] != "toy" else "--train.steps") in capsys.readouterr().out
 
 
+FULL = "error: metrics.jsonl: No space left on device; what was saved stays\n"
+
+
 def _raise(error: BaseException) -> None:
     raise error
 
@@ -86,6 +94,8 @@ def _raise(error: BaseException) -> None:
     ("error", "status", "words"),
     [
         (UserError("data: there is no x"), 2, "error: data: there is no x\n"),
+        (OSError(28, "No space left on device", "metrics.jsonl"), 2, FULL),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (Stopped(signal.SIGTERM, 7), 143, "stopped by SIGTERM; step 7 is saved, the same command goes on\n"),
         (Stopped(signal.SIGINT, 7), 130, "stopped by SIGINT; step 7 is saved, the same command goes on\n"),
     ],

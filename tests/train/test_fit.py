@@ -3,6 +3,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -227,6 +228,27 @@ def test_a_signal_at_the_last_step_lets_the_run_end(whole, tmp_path):
     assert_same(train(tmp_path, at={STEPS - 1: terminate}), whole[1])
 
 
+def test_a_signal_during_an_evaluation_ends_the_run_with_its_step_saved(whole, tmp_path):
+    class Terminator(Listener):
+        def write(self, step, metrics):
+            if step == 5:  # where the run is evaluated and nothing is saved
+                terminate()
+
+    with pytest.raises(Stopped, match="step 6 is saved"):
+        train(tmp_path, open_sinks=lambda start: [Terminator()])
+    assert "6" in saved(tmp_path)
+    assert_same(train(tmp_path), whole[1])
+    assert read(tmp_path) == read(whole[0])
+
+
+def test_metrics_without_their_checkpoints_never_lead_to_a_fresh_start(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run", symlinks=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="metrics up to step 13 but no checkpoint"):
+        train(tmp_path / "run")
+    assert read(tmp_path / "run") == read(whole[0])
+
+
 def test_the_handlers_of_signals_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Stopped, match="SIGINT"):
@@ -372,7 +394,7 @@ def test_a_run_of_another_length_of_batch_than_its_parts_is_refused():
 
 @pytest.mark.parametrize("field", ["steps", "batch_size", "clip_length", "accumulate", "log_every", "checkpoint_every"])
 def test_counts_start_at_one(field):
-    with pytest.raises(UserError, match=rf"train\.{field}: 0 found, 1 or more expected"):
+    with pytest.raises(UserError, match=rf"{field}: 0 found, 1 or more expected"):
         TrainConfig(**{field: 0})
 
 

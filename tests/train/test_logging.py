@@ -145,12 +145,19 @@ def test_tensorboard_gets_scalars_and_strikes_what_is_written_again(tmp_path, mo
     assert made[0].calls == [(6, {"train/loss": 0.5}), "closed"]
 
 
-def test_wandb_gets_metrics_under_the_folder_name(tmp_path, monkeypatch):
+def test_wandb_gets_metrics_under_an_identity_that_the_folder_keeps(tmp_path, monkeypatch):
     made = install(monkeypatch, "wandb", "init")
-    sink = WandB(tmp_path / "mine", {"seed": 1})
+    folders = [tmp_path / "a" / "mine", tmp_path / "b" / "mine"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    sink = WandB(folders[0], {"seed": 1})
     sink.write(6, {"train/loss": 0.5})
     sink.close()
-    assert made[0].options["id"] == "mine"
+    WandB(folders[0], {})
+    WandB(folders[1], {})
+    identities = [one.options["id"] for one in made]
+    assert identities[0] == identities[1] != identities[2]
+    assert made[0].options["name"] == "mine"
     assert made[0].options["resume"] == "allow"
     assert made[0].options["config"] == {"seed": 1}
     assert made[0].calls == [(6, {"train/loss": 0.5}), "closed"]

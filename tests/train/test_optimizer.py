@@ -63,9 +63,11 @@ def test_another_peak_scales_the_whole_schedule():
     assert scaled == pytest.approx([3 * rate for rate in rates(schedule_config("cosine"), 100, *at)])
 
 
-@pytest.mark.parametrize(("field", "value"), [("learning_rate", 0.0), ("learning_rate", -1e-3), ("warmup_steps", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("learning_rate", 0.0), ("clip", -1.0), ("warmup_steps", -1), ("b2", 2.0)]
+)
 def test_values_that_cannot_be_are_named(field, value):
-    with pytest.raises(UserError, match=f"optimizer.{field}: {value} found"):
+    with pytest.raises(UserError, match=f"{field}: {value} found"):
         OptimizerConfig(**{field: value})
 
 
