@@ -74,6 +74,7 @@ TOY = Config(
     ),
     train=TrainConfig(steps=11_000, clip_length=2, long_every=4, long_length=8, eval_every=2000, checkpoint_every=1000),
 )
+"""``uv run experiments/train_tokenizer.py``: 31.8 dB on held-out clips after 5 min 49 s on two busy cores (EPYC)."""
 
 DEBUG = dataclasses.replace(
     TOY,
@@ -93,6 +94,8 @@ DEBUG = dataclasses.replace(
         eval_length=4,
     ),
 )
+"""``uv run experiments/train_tokenizer.py debug``: half a minute on two cores, most of it compilation; it learns nothing
+worth a figure."""
 
 ATARI = Config(
     run=RunOptions(Path("runs/tokenizer_atari")),
@@ -121,6 +124,8 @@ ATARI = Config(
         eval_clips=8,
     ),
 )
+"""``timeout 600 uv run --extra perceptual experiments/train_tokenizer.py atari`` on 30 episodes of Breakout: 29.4 dB after
+ten minutes and 800 steps on two cores (EPYC), which is the background without the ball."""
 
 REFERENCE = Config(
     run=RunOptions(Path("runs/tokenizer_reference")),
@@ -128,6 +133,7 @@ REFERENCE = Config(
         patch=4, latents=16, bottleneck=32, transformer=TransformerConfig(d_model=64, depth=8, heads=4, context=16)
     ),
 )
+"""``uv run experiments/benchmark.py tokenizer`` measures it: REFSPEED frames/s on two cores (EPYC). Not tuned for quality."""
 
 PAPER = Config(
     run=RunOptions(Path("runs/tokenizer_paper")),
@@ -143,6 +149,8 @@ PAPER = Config(
     perceptual=PerceptualConfig(net="vgg"),
     train=TrainConfig(steps=200_000, batch_size=32, clip_length=64),
 )
+"""``uv run experiments/train_tokenizer.py paper --dry-run``: 407 M parameters, 960 patches, 512 latents of 16. Counted and
+checked by its shapes; it needs accelerators and has not been trained here."""
 
 PRESETS = {
     "toy": ("bouncing squares, minutes on two cores (default)", TOY),

@@ -185,7 +185,7 @@ def test_a_folder_of_another_configuration_is_left_alone(runs, train):
         (["debug", "--tokenizer.transformer.heads", "3"], r"heads.*3"),
         (["debug", "--train.fsdp", "3"], r"train\.fsdp: 3 must divide the number of devices"),
         (["debug", "--train.accumulate", "3"], r"train\.accumulate: 3 must divide the batch of 4 clips"),
-        (["debug", "--optimizer.learning-rate", "0"], r"optimizer\.learning_rate: 0\.0 found"),
+        (["debug", "--optimizer.learning-rate", "0"], r"learning_rate: 0\.0 found"),
         (["debug", "--masking.ceiling", "1"], r"masking\.ceiling: 1\.0 found"),
         (["debug", "--perceptual.net", "alex", "--perceptual.weights", "nothing.npz"], "nothing.npz"),
         (["atari"], r"there is no data/breakout; record one with .*record\.py atari --game Breakout .*data/breakout"),

@@ -151,7 +151,7 @@ def test_closing_ends_the_threads(path):
     before = set(threading.enumerate())
     batches = StoreSource(path, SHAPES, seed=0, threads=3).batches(0)
     next(batches)
-    assert set(threading.enumerate()) > before
+    assert set(threading.enumerate()) - before
     batches.close()
     wait_until(lambda: not set(threading.enumerate()) - before)
 
