@@ -94,8 +94,8 @@ DEBUG = dataclasses.replace(
         eval_length=4,
     ),
 )
-"""``uv run experiments/train_tokenizer.py debug``: half a minute on two cores, most of it compilation; it learns nothing
-worth a figure."""
+"""``uv run experiments/train_tokenizer.py debug``: half a minute on two cores, most of it compilation; it
+learns nothing worth a figure."""
 
 ATARI = Config(
     run=RunOptions(Path("runs/tokenizer_atari")),
@@ -124,8 +124,8 @@ ATARI = Config(
         eval_clips=8,
     ),
 )
-"""``timeout 600 uv run --extra perceptual experiments/train_tokenizer.py atari`` on 30 episodes of Breakout: 29.4 dB after
-ten minutes and 800 steps on two cores (EPYC), which is the background without the ball."""
+"""``timeout 600 uv run --extra perceptual experiments/train_tokenizer.py atari`` on 30 episodes of Breakout: 29.4 dB
+after ten minutes and 800 steps on two cores (EPYC), which is the background without the ball."""
 
 REFERENCE = Config(
     run=RunOptions(Path("runs/tokenizer_reference")),
@@ -133,7 +133,8 @@ REFERENCE = Config(
         patch=4, latents=16, bottleneck=32, transformer=TransformerConfig(d_model=64, depth=8, heads=4, context=16)
     ),
 )
-"""``uv run experiments/benchmark.py tokenizer`` measures it: REFSPEED frames/s on two cores (EPYC). Not tuned for quality."""
+"""``uv run experiments/benchmark.py tokenizer`` measures it: 205 to 245 frames/s on two cores (EPYC). Not tuned for
+quality."""
 
 PAPER = Config(
     run=RunOptions(Path("runs/tokenizer_paper")),
@@ -149,8 +150,8 @@ PAPER = Config(
     perceptual=PerceptualConfig(net="vgg"),
     train=TrainConfig(steps=200_000, batch_size=32, clip_length=64),
 )
-"""``uv run experiments/train_tokenizer.py paper --dry-run``: 407 M parameters, 960 patches, 512 latents of 16. Counted and
-checked by its shapes; it needs accelerators and has not been trained here."""
+"""``uv run experiments/train_tokenizer.py paper --dry-run``: 407 M parameters, 960 patches, 512 latents of 16. Counted
+and checked by its shapes; it needs accelerators and has not been trained here."""
 
 PRESETS = {
     "toy": ("bouncing squares, minutes on two cores (default)", TOY),

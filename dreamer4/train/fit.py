@@ -216,7 +216,18 @@ def fit(
         if start < config.steps:
             progress.say(f"{run.path}: compiling the first step")
         loop = _Loop(
-            objective, source, config, program, frozen, clips, run, resolved, best, checkpoints, sinks, progress
+            objective=objective,
+            source=source,
+            config=config,
+            program=program,
+            frozen=frozen,
+            clips=clips,
+            folder=run,
+            resolved=resolved,
+            best=best,
+            checkpoints=checkpoints,
+            sinks=sinks,
+            progress=progress,
         )
         return loop.run(state, start, batches, stopped)
 
@@ -229,35 +240,31 @@ class Stopped(Exception):  # noqa: N818 (it is no error)
         self.signum = signum
 
 
+@dataclasses.dataclass
 class _Loop:
     """What happens between two steps of a run: metrics, evaluation, pictures, checkpoints."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        source: Source,
-        config: TrainConfig,
-        program: Program,
-        frozen: PyTree,
-        clips: Batch,
-        run: RunFolder,
-        resolved: dict[str, Any],
-        best: str,
-        checkpoints: Checkpoints,
-        sinks: Sequence[Sink],
-        progress: Progress,
-    ):
-        self.source, self.config, self.program, self.samples = source, config, program, run.samples
-        self.folder, self.resolved, self.best = run.path, resolved, best
-        self.checkpoints, self.sinks, self.progress = checkpoints, sinks, progress
-        self.key = jax.random.key(config.seed)
-        replicated = jax.sharding.NamedSharding(program.mesh, jax.sharding.PartitionSpec())
-        self.frozen = jax.device_put(frozen, replicated)
-        self.clips = jax.device_put(clips, replicated)
-        self.shown = jax.tree.map(lambda x: x[: min(8, config.eval_clips)], self.clips)
-        self.evaluate, self.pictures = jax.jit(objective.evaluate), jax.jit(objective.pictures)
+    objective: Objective
+    source: Source
+    config: TrainConfig
+    program: Program
+    frozen: PyTree
+    clips: Batch
+    folder: RunFolder
+    resolved: dict[str, Any]
+    best: str
+    checkpoints: Checkpoints
+    sinks: Sequence[Sink]
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.key = jax.random.key(self.config.seed)
+        replicated = jax.sharding.NamedSharding(self.program.mesh, jax.sharding.PartitionSpec())
+        self.frozen, self.clips = jax.device_put((self.frozen, self.clips), replicated)
+        self.shown = jax.tree.map(lambda x: x[: min(8, self.config.eval_clips)], self.clips)
+        self.evaluate, self.pictures = jax.jit(self.objective.evaluate), jax.jit(self.objective.pictures)
         # What cannot be evaluated (frames too small for a metric, say) should say so before the training.
-        jax.eval_shape(self.evaluate, program.shapes.params, self.frozen, self.clips, self.key)
+        jax.eval_shape(self.evaluate, self.program.shapes.params, self.frozen, self.clips, self.key)
         self.unread: tuple[int, dict[str, Array]] | None = None
         self.wait, self.frames, self.clock = 0.0, 0, time.perf_counter()
 
@@ -328,16 +335,16 @@ class _Loop:
         frames = self.pictures(state.best_params, self.frozen, self.shown, self.key)
         if jax.process_index() == 0:
             frames = np.asarray(frames)
-            write_png(self.samples / f"step_{step}.png", frames[-1])
+            write_png(self.folder.samples / f"step_{step}.png", frames[-1])
             if film:
-                write_gif(self.samples / "final.gif", frames)
+                write_gif(self.folder.samples / "final.gif", frames)
 
     def give_up(self, step: int) -> None:
         """Ends a run whose gradients are not finite, and leaves the batch of ``step`` behind for whoever looks."""
         shape = self.source.shapes[(step - 1) % len(self.source.shapes)]
         sent = next(self.source.batches(step - 1))
         batch = jax.jit(self.source.make, static_argnums=2)(sent, data_key(self.key, step - 1), shape)
-        path = self.folder / f"bad_batch_{step}.npz"
+        path = self.folder.path / f"bad_batch_{step}.npz"
         arrays = {jax.tree_util.keystr(k, simple=True, separator="."): x for k, x in jax.tree.leaves_with_path(batch)}
         np.savez(path, allow_pickle=False, **jax.device_get(arrays))
         raise UserError(
