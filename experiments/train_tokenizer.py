@@ -59,7 +59,7 @@ TOY = Config(
         bottleneck=64,
         start="structured",
         transformer=TransformerConfig(
-            d_model=64, depth=4, heads=4, mlp_ratio=2.7, context=16, qk_gain=4.0, soft_cap=None
+            d_model=64, depth=4, heads=4, mlp_ratio=2.7, context=8, qk_gain=4.0, soft_cap=None
         ),
     ),
     masking=MaskingConfig(ramp=(1 / 6, 0.9)),
@@ -72,7 +72,7 @@ TOY = Config(
         final_fraction=0.02,
         weight_decay=0.0,
     ),
-    train=TrainConfig(steps=9000, clip_length=2, long_every=4, long_length=8, eval_every=2000, checkpoint_every=1000),
+    train=TrainConfig(steps=10_000, clip_length=2, long_every=4, long_length=8, eval_every=2000, checkpoint_every=1000),
 )
 """``uv run experiments/train_tokenizer.py``: 31.8 dB on held-out clips after 5 min 49 s on two busy cores (EPYC)."""
 
