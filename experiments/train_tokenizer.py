@@ -148,7 +148,7 @@ PAPER = Config(
         ),
     ),
     perceptual=PerceptualConfig(net="vgg"),
-    train=TrainConfig(steps=200_000, batch_size=32, clip_length=64),
+    train=TrainConfig(steps=200_000, batch_size=32, clip_length=64, long_every=4, long_length=256),
 )
 """``uv run experiments/train_tokenizer.py paper --dry-run``: 407 M parameters, 960 patches, 512 latents of 16. Counted
 and checked by its shapes; it needs accelerators and has not been trained here."""

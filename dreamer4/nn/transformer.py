@@ -37,7 +37,8 @@ class TransformerConfig:
     time_every: int = 4
     """Every so-manieth layer attends over time, the others over space."""
     context: int = 192
-    """Frames that attention over time reaches back to, the present one included."""
+    """Frames that attention over time reaches back to, the present one included. The longest training clips should fill
+    it: ages that were never trained do harm (docs/log.md)."""
     qk_gain: float = 1.0
     """Where the learned gain of each head's normalised queries starts."""
     soft_cap: float | None = 50.0
