@@ -22,7 +22,7 @@ def attend(
     """Attention of Q queries over L keys where ``mask`` allows it; query head h reads key head h // (Hq / Hkv).
 
     Logits and softmax are float32. ``soft_cap`` c bounds the logits smoothly: ``c tanh(logits / c)``. The ``fused``
-    kernel (cuDNN, half precision) knows no soft cap; ``auto`` takes it where it can.
+    kernel (cuDNN, half precision) knows no soft cap; ``auto`` takes it in half precision on a GPU without a cap.
 
     A row of ``mask`` without any True would average over everything: callers must not build one.
     """
