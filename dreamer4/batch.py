@@ -4,6 +4,7 @@ The dimension key, used in every shape of the code base:
 
     B batch   T time steps   H W C frame height, width, channels   P patch side
     N patches or other tokens on a grid   S tokens per time step   D channels   A actions
+    L latents of a frame   Db channels of a latent
 
 The time alignment: ``action[t]``, ``reward[t]`` and ``is_terminal[t]`` are what *led to* ``video[t]``. The
 first frame of an episode therefore has the null action (all zeros), reward zero and ``is_first``.
@@ -50,7 +51,8 @@ class Batch:
     """Clips of video with the actions and rewards that led to each frame (the alignment is this module's).
 
     ``labelled`` says for each clip whether its actions are known. ``state`` holds the true state of the world by name
-    where the source knows it, for evaluation only.
+    where the source knows it, for evaluation only. ``latents`` are the frozen tokenizer's, where they were made
+    beforehand: L of them for each frame, of Db channels; the video of such a batch may hold no pixels, (B, T, 0, 0, C).
     """
 
     video: UInt8[Array | np.ndarray, "B T H W C"]
@@ -60,6 +62,7 @@ class Batch:
     is_terminal: Bool[Array | np.ndarray, "B T"]
     labelled: Bool[Array | np.ndarray, " B"]
     state: dict[str, Shaped[Array | np.ndarray, "B T ..."]] = dataclasses.field(default_factory=dict)
+    latents: Float[Array | np.ndarray, "B T L Db"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
