@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from dreamer4.config import at_least
 from dreamer4.errors import UserError
-from dreamer4.nn.attention import Kernel, KVCache, attend, causal_mask, ring_frames, ring_write
+from dreamer4.nn.attention import Kernel, KVCache, Past, attend, causal_mask, ring_frames, ring_write
 from dreamer4.nn.layers import Linear, RMSNorm, SwiGLU, rms_normalize
 from dreamer4.nn.rotary import rotate, space_angles, time_angles
 
@@ -117,7 +117,19 @@ class Layout:
         return np.concatenate(places).astype(np.float32)
 
 
-Ring = tuple[Float[Array, "B temporal W Hkv K"], Float[Array, "B temporal W Hkv K"]] | None
+Memory = tuple[Float[Array, "B temporal Hkv _ K"], Float[Array, "B temporal Hkv _ K"]] | None
+"""Keys and values of one time layer: a ring that it reads, or those of the new frames that it returns."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What all time layers share: the rotary angles of the new frames, and what these see of each other and of a
+    ring."""
+
+    angles: Float[Array, "T half"]
+    now: Bool[Array, "#B T T"]
+    past: Bool[Array, "1 T W"] | None
 
 
 class Attention(nn.Module):
@@ -140,14 +152,31 @@ class Attention(nn.Module):
         query = rotate(rms_normalize(query) * self.gain[:, None], angles).astype(x.dtype)
         return query, rotate(rms_normalize(key), angles).astype(x.dtype), value
 
-    def mix(self, query: Array, key: Array, value: Array, mask: Array) -> Array:
+    def mix(self, query: Array, key: Array, value: Array, mask: Array, past: Past | None = None) -> Array:
         c = self.config
-        mixed = attend(query, key, value, mask, soft_cap=c.soft_cap, kernel=c.kernel)
+        mixed = attend(query, key, value, mask, past=past, soft_cap=c.soft_cap, kernel=c.kernel)
         return self.out(rearrange(mixed, "... h k -> ... (h k)"))
 
     @property
     def _maps(self) -> tuple[Linear, Linear, Linear]:
         return self.query, self.key, self.value
+
+
+def make_sight(
+    config: TransformerConfig, steps: int, cache: KVCache | None = None, starts: Bool[Array, "B T"] | None = None
+) -> Sight:
+    """Who sees whom among ``steps`` new frames and the frames of the cache."""
+    frame = jnp.zeros((), jnp.int32) if cache is None else cache.frame
+    now = frame + jnp.arange(steps)
+    sees, past = causal_mask(now, now, config.context)[None], None
+    if cache is not None:
+        if starts is not None:
+            raise ValueError("starts: frames that follow a cache cannot start anew, take an empty cache for that")
+        past = causal_mask(now, ring_frames(frame, cache.key.shape[4]), config.context)[None]
+    elif starts is not None:
+        clip = jnp.cumsum(starts, axis=1)
+        sees = sees & (clip[:, :, None] == clip[:, None, :])
+    return Sight(time_angles(now, config.head_width), sees, past)
 
 
 class SpaceLayer(nn.Module):
@@ -169,35 +198,26 @@ class TimeLayer(nn.Module):
     """Causal attention of the first ``layout.temporal`` token positions, each over its own past within the window, and
     an MLP for all tokens.
 
-    With a ring (keys and values, each (B, S, W, Hkv, K)) the past is what the ring holds, and the ring after these
-    frames is returned beside the output.
+    With a ring the past is what the ring holds, and the keys and values of the new frames are returned.
     """
 
     config: TransformerConfig
     layout: Layout
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T S D"], ring: Ring, frame: Int[Array, ""]) -> tuple[Array, Ring]:
+    def __call__(self, x: Float[Array, "B T S D"], ring: Memory, sight: Sight) -> tuple[Array, Memory]:
         c, n, batch = self.config, self.layout.temporal, x.shape[0]
         attention = Attention(c, name="attention")
         flat = rearrange(RMSNorm(name="attention_norm")(x[:, :, :n]), "b t s d -> (b s) t d")
-        now = frame + jnp.arange(x.shape[1])
-        query, key, value = attention.project(flat, time_angles(now, c.head_width))
-        past = now
-        if ring is not None:
-            new_key, new_value = (rearrange(y, "(b s) t h k -> b s t h k", b=batch) for y in (key, value))
-            past = jnp.concatenate([ring_frames(frame, ring[0].shape[2]), now])
-            key, value = _recall(ring[0], new_key), _recall(ring[1], new_value)
-            ring = ring_write(ring[0], new_key, frame), ring_write(ring[1], new_value, frame)
-        mixed = attention.mix(query, key, value, causal_mask(now, past, c.context))
-        mixed = rearrange(mixed, "(b s) t d -> b t s d", b=batch)
+        query, key, value = attention.project(flat, sight.angles)
+        past, new = None, None
+        if ring is not None and sight.past is not None:
+            past = *(rearrange(y, "b s h w k -> (b s) h w k") for y in ring), sight.past
+            new = tuple(rearrange(y, "(b s) t h k -> b s h t k", b=batch) for y in (key, value))
+        now = sight.now if len(sight.now) == 1 else jnp.repeat(sight.now, n, axis=0)
+        mixed = rearrange(attention.mix(query, key, value, now, past), "(b s) t d -> b t s d", b=batch)
         # Tokens that do not attend over time pass this sub-layer as they are.
-        return _mlp(c, jnp.concatenate([x[:, :, :n] + mixed, x[:, :, n:]], axis=2)), ring
-
-
-def _recall(ring: Float[Array, "B S W Hkv K"], new: Float[Array, "B S T Hkv K"]) -> Float[Array, "BS L Hkv K"]:
-    """What the ring holds and then the new frames, batch and tokens as one axis."""
-    return rearrange(jnp.concatenate([ring.astype(new.dtype), new], 2), "b s l h k -> (b s) l h k")
+        return _mlp(c, jnp.concatenate([x[:, :, :n] + mixed, x[:, :, n:]], axis=2)), new
 
 
 def _mlp(config: TransformerConfig, x: Float[Array, "B T S D"]) -> Float[Array, "B T S D"]:
@@ -215,16 +235,17 @@ class SuperBlock(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T S D"], ring: Ring, frame: Int[Array, ""]) -> tuple[Array, Ring]:
+    def __call__(self, x: Float[Array, "B T S D"], ring: Memory, sight: Sight) -> tuple[Array, Memory]:
+        new = None
         space, time = SpaceLayer, TimeLayer
         if self.config.remat:
             space, time = nn.remat(SpaceLayer, prevent_cse=False), nn.remat(TimeLayer, prevent_cse=False)
         for i in range(self.config.time_every):
             if i == min(1, self.config.time_every - 1):
-                x, ring = time(self.config, self.layout, name="time")(x, ring, frame)
+                x, new = time(self.config, self.layout, name="time")(x, ring, sight)
             else:
                 x = space(self.config, self.layout, name=f"space_{i}")(x)
-        return x, ring
+        return x, new
 
 
 class Transformer(nn.Module):
@@ -235,11 +256,15 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T S D"], cache: KVCache | None = None
+        self,
+        x: Float[Array, "B T S D"],
+        cache: KVCache | None = None,
+        starts: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T S D"], KVCache | None]:
         """The tokens after all layers, in the dtype of the config, and with a ``cache`` the cache after these frames.
 
-        Whoever only looks ahead (a denoising step, say) drops the returned cache and keeps the old one.
+        No frame sees past one at which ``starts`` holds. Whoever only looks ahead (a denoising step, say) drops the
+        returned cache and keeps the old one: then nothing is written.
         """
         x = x.astype(self.config.dtype)
         stack = nn.scan(
@@ -252,10 +277,12 @@ class Transformer(nn.Module):
             unroll=1 if self.is_initializing() else 2,
         )
         ring = None if cache is None else (cache.key, cache.value)
-        frame = jnp.zeros((), jnp.int32) if cache is None else cache.frame
-        x, ring = stack(self.config, self.layout, name="blocks")(x, ring, frame)
-        if cache is not None and ring is not None:
-            cache = KVCache(key=ring[0], value=ring[1], frame=frame + x.shape[1])
+        x, new = stack(self.config, self.layout, name="blocks")(
+            x, ring, make_sight(self.config, x.shape[1], cache, starts)
+        )
+        if cache is not None and new is not None:
+            key, value = ring_write(cache.key, new[0], cache.frame), ring_write(cache.value, new[1], cache.frame)
+            cache = KVCache(key=key, value=value, frame=cache.frame + x.shape[1])
         return RMSNorm(name="norm")(x), cache
 
 
@@ -267,7 +294,7 @@ def mlp_width(config: TransformerConfig) -> int:
 def empty_cache(config: TransformerConfig, layout: Layout, batch: int) -> KVCache:
     """A cache that has seen nothing, for ``batch`` streams of video."""
     kv_heads = config.kv_heads or config.heads
-    shape = (config.superblocks, batch, layout.temporal, config.context, kv_heads, config.head_width)
+    shape = (config.superblocks, batch, layout.temporal, kv_heads, config.context, config.head_width)
     zeros = jnp.zeros(shape, config.dtype)
     return KVCache(key=zeros, value=zeros, frame=jnp.zeros((), jnp.int32))
 

@@ -84,9 +84,9 @@ def test_causal_mask_counts_the_window():
 def test_ring_holds_the_last_frames(chunk):
     slots, total = 4, 18
     write, frames_in = jax.jit(ring_write), jax.jit(ring_frames, static_argnums=1)
-    ring = jnp.full((1, 1, slots, 1, 1), jnp.nan)
+    ring = jnp.full((1, 1, 1, 1, slots, 1), jnp.nan)
     for seen in range(chunk, total + 1, chunk):
-        new = np.arange(seen - chunk, seen, dtype=np.float32).reshape(1, 1, chunk, 1, 1)
+        new = np.arange(seen - chunk, seen, dtype=np.float32).reshape(1, 1, 1, 1, chunk, 1)
         ring = write(ring, jnp.asarray(new), jnp.asarray(seen - chunk))
         held = np.asarray(frames_in(jnp.asarray(seen), slots))
         np.testing.assert_array_equal(np.sort(held), np.arange(seen - slots, seen))

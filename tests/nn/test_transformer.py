@@ -15,6 +15,7 @@ from dreamer4.nn.transformer import (
     TransformerConfig,
     aligned_start,
     empty_cache,
+    make_sight,
     parameter_count,
     transformer_flops,
 )
@@ -27,7 +28,6 @@ LAYOUT = Layout(
     (Modality("latent", reads=("latent", "patch"), size=3), Modality("patch", reads=("patch",), grid=(2, 2))),
     temporal=3,
 )
-START = jnp.zeros((), jnp.int32)
 # These programs take much longer to compile than to run.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -104,7 +104,7 @@ def test_tokens_that_do_not_attend_over_time_pass_unchanged():
     params = jax.tree.map(lambda p: p[0], build(TIME_LAYER)[1]["blocks"])
     params["time"]["mlp"]["down"]["kernel"] *= 0  # leaves the attention sub-layer alone
     x = tokens()
-    out, _ = jit(SuperBlock(TIME_LAYER, LAYOUT).apply)({"params": params}, x, None, START)
+    out, _ = jit(SuperBlock(TIME_LAYER, LAYOUT).apply)({"params": params}, x, None, make_sight(CONFIG, x.shape[1]))
     np.testing.assert_array_equal(out[:, :, 3:], x[:, :, 3:])
     assert (np.abs(out[:, :, :3] - x[:, :, :3]).max(axis=(0, 1, 3)) > 1e-3).all()
 
@@ -130,7 +130,9 @@ def test_scan_equals_a_loop_over_superblocks():
     expected, _ = run(model, params, x)
     run_block = jit(SuperBlock(CONFIG, LAYOUT).apply)
     for i in range(CONFIG.superblocks):
-        x, _ = run_block({"params": jax.tree.map(lambda p, i=i: p[i], params["blocks"])}, x, None, START)
+        x, _ = run_block(
+            {"params": jax.tree.map(lambda p, i=i: p[i], params["blocks"])}, x, None, make_sight(CONFIG, x.shape[1])
+        )
     normed = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6) * params["norm"]["scale"]
     np.testing.assert_allclose(normed, expected, atol=1e-5)
 
