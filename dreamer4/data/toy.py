@@ -36,9 +36,9 @@ STAND, UP, DOWN, LEFT, RIGHT = range(5)  # STAND is the null action: recorded at
 MOVES = np.array([[0, 0], [-SPEED, 0], [SPEED, 0], [0, -SPEED], [0, SPEED]], np.int32)  # (rows, columns) by action
 OPPOSITE = np.array([STAND, DOWN, UP, RIGHT, LEFT], np.int32)
 
-# Training and held-out keys part at these last folds: whatever keys the training loop derives from its own seed, and
-# be it the same seed, no held-out clip is drawn from a key that training uses.
-TRAINING, HELD_OUT = 0, 1
+# The keys of training, of held-out clips and of the corpus part at these last folds: whatever keys the training loop
+# derives from its own seed, and be it the same seed, no clip of one is drawn from a key that another uses.
+TRAINING, HELD_OUT, CORPUS = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,19 +180,20 @@ def _episode(
     return states, jnp.concatenate([jnp.full(1, STAND), actions])
 
 
-def make_clips(config: ToyConfig, key: PRNGKeyArray, shape: tuple[int, int]) -> Batch:
+def make_clips(config: ToyConfig, key: PRNGKeyArray, shape: tuple[int, int], label_fraction: float = 1.0) -> Batch:
     """``shape`` = (B, T): B clips of T frames, each the start of an episode (so ``is_first`` holds at time 0 only).
 
     Rewards are ``reward``, and zero at time 0; episodes have no terminal step. ``state`` holds the fields of
-    ``ToyState``. Pure: to be traced.
+    ``ToyState``. A clip is ``labelled`` with the probability ``label_fraction``, on which nothing else depends; what is
+    labelled at one fraction is so at every larger one. Pure: to be traced.
     """
     # One draw for all clips: every draw adds a threefry, and those are most of the time that XLA compiles this.
     world_shape = _draw_shape(config)
     bits = jax.random.bits(key, (shape[0], math.prod(world_shape) + 2 * shape[1]))
     world, policy = jnp.split(bits, [math.prod(world_shape)], axis=1)
-    states, actions = jax.vmap(functools.partial(_episode, config))(
-        world.reshape(-1, *world_shape), policy.reshape(-1, shape[1], 2)
-    )
+    policy = policy.reshape(-1, shape[1], 2)
+    states, actions = jax.vmap(functools.partial(_episode, config))(world.reshape(-1, *world_shape), policy)
+    label = policy[:, 0, 1] >> 8  # a word that the policy leaves unused: of its first step it reads the other one only
     video = jax.vmap(jax.vmap(functools.partial(render, config)))(states)
     rewards = jax.vmap(jax.vmap(functools.partial(reward, config)))(states)
     is_first = jnp.zeros(shape, bool).at[:, 0].set(True)
@@ -202,28 +203,32 @@ def make_clips(config: ToyConfig, key: PRNGKeyArray, shape: tuple[int, int]) -> 
         reward=jnp.where(is_first, 0.0, rewards),
         is_first=is_first,
         is_terminal=jnp.zeros(shape, bool),
-        labelled=jnp.ones(shape[0], bool),
+        labelled=label < round(label_fraction * 2**24),
         state=states._asdict(),
     )
 
 
-_make_clips_jitted = jax.jit(make_clips, static_argnames=("config", "shape"))
+_make_clips_jitted = jax.jit(make_clips, static_argnames=("config", "shape", "label_fraction"))
 
 
 @dataclasses.dataclass(frozen=True)
 class ToySource:
     """Endless clips of the toy world for training, generated inside the jitted step, and fixed held-out clips.
 
-    The batch of step n has the shape (B, T) = ``shapes[n % len(shapes)]``.
+    The batch of step n has the shape (B, T) = ``shapes[n % len(shapes)]``. ``label_fraction`` is the share of the
+    training clips that show their actions; the others are not ``labelled``.
     """
 
     config: ToyConfig
     shapes: tuple[tuple[int, int], ...]
     seed: int = 0
+    label_fraction: float = 1.0
 
     def __post_init__(self):
         if not self.shapes or any(batch < 1 or time < 1 for batch, time in self.shapes):
             raise UserError(f"toy shapes is {self.shapes}, expected at least one (clips, frames), each 1 or more")
+        if not 0 <= self.label_fraction <= 1:
+            raise UserError(f"label_fraction: {self.label_fraction} found, 0 to 1 expected")
 
     @property
     def spec(self) -> BatchSpec:
@@ -237,13 +242,24 @@ class ToySource:
 
     def make(self, sent: None, key: PRNGKeyArray, shape: tuple[int, int]) -> Batch:
         """The training batch of this key, of ``shape`` (B, T). Pure: to be traced inside the jitted step."""
-        return make_clips(self.config, jax.random.fold_in(key, TRAINING), shape)
+        return make_clips(self.config, jax.random.fold_in(key, TRAINING), shape, self.label_fraction)
 
     def clips(self, split: str, count: int, time: int) -> Batch:
-        """``count`` held-out clips of ``time`` frames as numpy arrays, the same at each call.
+        """``count`` held-out clips of ``time`` frames as numpy arrays, all labelled, the same at each call.
 
         Any name is a split; two names share no clip with each other or with training.
         """
         key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(split.encode()))
         made = _make_clips_jitted(self.config, jax.random.fold_in(key, HELD_OUT), (count, time))
         return jax.device_get(made)
+
+    def corpus(self, count: int, time: int, batch: int = 64) -> Iterator[Batch]:
+        """``count`` training clips of ``time`` frames as numpy arrays, in pieces of ``batch``, the same at each call.
+
+        They are shared neither with ``make`` nor with ``clips``. The last piece may be smaller.
+        """
+        for piece, first in enumerate(range(0, count, batch)):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), piece), CORPUS)
+            made = jax.device_get(_make_clips_jitted(self.config, key, (batch, time), self.label_fraction))
+            # Whole pieces, cut here: one program for all.
+            yield jax.tree.map(lambda x, left=count - first: x[:left], made)

@@ -268,6 +268,65 @@ def test_held_out_clips_are_fixed_numpy_and_shared_by_no_split_seed_or_training_
         assert not backgrounds & {tuple(color) for color in np.asarray(other.state["background"][:, 0])}
 
 
+def test_a_fraction_of_the_training_clips_is_labelled_and_nothing_else_changes():
+    key = jax.random.key(0)
+    made = {
+        fraction: jax.jit(ToySource(CONFIG, ((1, 1),), label_fraction=fraction).make, static_argnums=2)(
+            None, key, (512, 2)
+        )
+        for fraction in (0.0, 0.3, 0.7, 1.0)
+    }
+    labelled = {fraction: np.asarray(batch.labelled) for fraction, batch in made.items()}
+    assert not labelled[0.0].any()
+    assert 0.24 < labelled[0.3].mean() < 0.36
+    assert 0.64 < labelled[0.7].mean() < 0.76
+    assert labelled[1.0].all()
+    assert not (labelled[0.3] & ~labelled[0.7]).any()
+    # Which clips are labelled says nothing about them: not even where their first move goes.
+    moves = np.asarray(made[0.7].action["action"][:, 1])
+    assert all(0.55 < labelled[0.7][moves == move].mean() < 0.85 for move in range(1, 5))
+    for batch in made.values():
+        np.testing.assert_array_equal(batch.video, made[1.0].video)
+        np.testing.assert_array_equal(batch.action["action"], made[1.0].action["action"])
+
+
+def test_a_label_fraction_costs_no_random_draw_and_spares_held_out_clips():
+    def draws(source):
+        return str(jax.make_jaxpr(source.make, static_argnums=2)(None, jax.random.key(0), (2, 3))).count("random_bits")
+
+    source = ToySource(CONFIG, ((1, 1),), label_fraction=0.5)
+    assert draws(source) == draws(ToySource(CONFIG, ((1, 1),))) == 1
+    assert source.clips("validation", 24, 24).labelled.all()
+
+
+def test_the_corpus_is_fresh_clips_that_nothing_else_uses():
+    source = ToySource(CONFIG, ((16, 4),), seed=5, label_fraction=0.5)
+    pieces = list(source.corpus(40, 4, batch=16))
+    assert [piece.video.shape[:2] for piece in pieces] == [(16, 4), (16, 4), (8, 4)]
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(pieces))
+    assert 0 < np.concatenate([piece.labelled for piece in pieces]).mean() < 1
+    for piece, again in zip(pieces, source.corpus(40, 4, batch=16), strict=True):
+        np.testing.assert_array_equal(piece.video, again.video)
+
+    def backgrounds(batches):
+        return {tuple(color) for batch in batches for color in np.asarray(batch.state["background"][:, 0])}
+
+    keys = [jax.random.fold_in(jax.random.key(5), step) for step in range(4)]
+    keys += [jax.random.fold_in(key, toy.CORPUS) for key in [jax.random.key(5), *keys]]
+    make = jax.jit(lambda key: source.make(None, key, (16, 4)))
+    others = [make(key) for key in [jax.random.key(5), *keys]]
+    others += [source.clips(split, 16, 4) for split in ("train", "validation", "test")]
+    others += dataclasses.replace(source, seed=6).corpus(40, 4, batch=16)
+    assert len(backgrounds(pieces)) == 40
+    assert not backgrounds(pieces) & backgrounds(others)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
+def test_impossible_label_fractions_are_refused(fraction):
+    with pytest.raises(UserError, match=f"label_fraction: {fraction} found, 0 to 1 expected"):
+        ToySource(CONFIG, ((1, 1),), label_fraction=fraction)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
