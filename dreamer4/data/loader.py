@@ -1,8 +1,9 @@
 """From a store to batches: what the training loop reads."""
 
 import dataclasses
+import hashlib
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -23,7 +24,8 @@ class Windows:
 
     @classmethod
     def of(cls, episodes: Sequence[EpisodeEntry], time: int) -> "Windows":
-        counts = np.array([max(e.length - time + 1, 0) for e in episodes])
+        """The windows of episodes that are all at least as long as one."""
+        counts = np.array([e.length - time + 1 for e in episodes])
         return cls(np.array([e.start for e in episodes]), np.cumsum(counts))
 
     def __len__(self) -> int:
@@ -35,6 +37,16 @@ class Windows:
         return int(self.first_rows[episode]) + i - before
 
 
+def shows_actions(episode_id: str, label_fraction: float) -> bool:
+    """Whether an episode is among the share ``label_fraction`` whose actions training sees, by the SHA-256 of its id.
+
+    Salted, so that it has nothing to do with the episode's split. The episodes of a fraction are among those of every
+    larger one.
+    """
+    digest = hashlib.sha256(f"labelled {episode_id}".encode()).digest()
+    return int.from_bytes(digest[:8]) < label_fraction * 2**64
+
+
 class StoreSource:
     """Batches of random windows from one split of a store.
 
@@ -42,8 +54,12 @@ class StoreSource:
     the steps of one T, each window comes once before any comes again. The first frame of a window keeps the action and
     reward that led to it. The true state comes with ``clips`` only.
 
+    ``label_fraction`` is the share of the episodes that show their actions in training; windows of the others, and of
+    episodes whose actions the store does not know, are not ``labelled``.
+
     ``threads`` fetch up to ``prefetch`` batches ahead. Raises UserError where ``path`` is no whole data set, the split
-    is empty, no episode is as long as the window, or there are fewer windows than a batch takes.
+    is empty, no episode is as long as the window, there are fewer windows than a batch takes, or ``label_fraction`` is
+    not in 0 to 1.
     """
 
     def __init__(
@@ -53,11 +69,18 @@ class StoreSource:
         seed: int,
         split: Split = "train",
         *,
+        label_fraction: float = 1.0,
         threads: int = 2,
         prefetch: int = 4,
     ):
+        if not 0 <= label_fraction <= 1:
+            raise UserError(f"label_fraction: {label_fraction} found, 0 to 1 expected")
         self.shapes = tuple(shapes)
+        self._split: Split = split
         self._store = EpisodeStore(path, threads=threads)
+        episodes = self._store.index.episodes
+        self._episode_starts = np.array([e.start for e in episodes])
+        self._shown = np.array([shows_actions(e.id, label_fraction) for e in episodes])
         self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         self._orders = {}
         for time in sorted({time for _, time in self.shapes}):
@@ -89,19 +112,40 @@ class StoreSource:
         return sent
 
     def clips(self, split: Split, count: int, time: int) -> Batch:
-        """``count`` windows spread evenly over a split, with the true state: the same at each call."""
+        """``count`` windows spread evenly over a split, with the true state: the same at each call.
+
+        ``labelled`` is as the store has it.
+        """
         windows = self._windows(split, time, at_least=count)
         chosen = np.linspace(0, len(windows) - 1, count).astype(int)
         return self._store.read([windows[int(i)] for i in chosen], time, state=True)
 
-    def _windows(self, split: Split, time: int, *, at_least: int) -> Windows:
+    def corpus(self, count: int, time: int, batch: int = 64) -> Iterator[Batch]:
+        """The episodes that training reads, cut into windows of ``time`` frames, in pieces of ``batch`` windows.
+
+        Windows follow each other without a gap; an episode's last one ends with it, over frames of the one before where
+        the length asks for it. Episodes shorter than a window are left out. Where there are more than ``count``
+        windows, ``count`` spread evenly over them. The last piece may be smaller.
+        """
+        starts = np.concatenate([_consecutive(e, time) for e in self._episodes(self._split, time)])
+        if len(starts) > count:
+            starts = starts[np.linspace(0, len(starts) - 1, count).astype(int)]
+        for first in range(0, len(starts), batch):
+            yield self._read(starts[first : first + batch], time)
+
+    def _episodes(self, split: Split, time: int) -> list[EpisodeEntry]:
+        """The episodes of a split that hold a window."""
         episodes = self._store.episodes(split)
-        windows = Windows.of(episodes, time)
-        where = f"{self._store.path}, split {split}"
-        if not len(windows):
-            longest = max(e.length for e in episodes)
+        longest = max(e.length for e in episodes)
+        if longest < time:
+            where = f"{self._store.path}, split {split}"
             raise UserError(f"{where}: the longest episode has {longest} frames, shorter than a window of {time}")
+        return [e for e in episodes if e.length >= time]
+
+    def _windows(self, split: Split, time: int, *, at_least: int) -> Windows:
+        windows = Windows.of(self._episodes(split, time), time)
         if len(windows) < at_least:
+            where = f"{self._store.path}, split {split}"
             raise UserError(f"{where}: there are {len(windows)} windows of {time} frames, a batch takes {at_least}")
         return windows
 
@@ -110,4 +154,16 @@ class StoreSource:
         batch, time = self.shapes[slot]
         same_time = [b if t == time else 0 for b, t in self.shapes]
         first = cycle * sum(same_time) + sum(same_time[:slot])
-        return self._store.read([self._orders[time][first + i] for i in range(batch)], time)
+        return self._read(np.array([self._orders[time][first + i] for i in range(batch)]), time)
+
+    def _read(self, starts: np.ndarray, time: int) -> Batch:
+        """Windows for training: not ``labelled`` where the episode's actions are not to be seen."""
+        batch = self._store.read(starts, time)
+        episode = np.searchsorted(self._episode_starts, starts, side="right") - 1
+        return dataclasses.replace(batch, labelled=batch.labelled & self._shown[episode])
+
+
+def _consecutive(episode: EpisodeEntry, time: int) -> list[int]:
+    """The first rows of windows that cover an episode, the last one aligned to its end."""
+    last = episode.start + episode.length - time
+    return [*range(episode.start, last, time), last]

@@ -8,7 +8,7 @@ import pytest
 
 from dreamer4.batch import ActionComponent
 from dreamer4.data.episodes import Column, Episode, EpisodeStore, EpisodeWriter, Schema, split_of
-from dreamer4.data.loader import StoreSource
+from dreamer4.data.loader import StoreSource, shows_actions
 from dreamer4.errors import UserError
 
 SHAPES = ((3, 4), (3, 4), (2, 8))
@@ -18,7 +18,7 @@ SCHEMA = Schema(
 )
 
 
-def write(path, lengths=LENGTHS):
+def write(path, lengths=LENGTHS, unlabelled=()):
     """Episodes whose every column says which row of the store it belongs to."""
     end = 0
     with EpisodeWriter(path, SCHEMA, {}) as writer:
@@ -33,7 +33,7 @@ def write(path, lengths=LENGTHS):
                 is_terminal=row == end + length - 1,
                 state={"row": row},
             )
-            writer.add(f"e{i}", episode)
+            writer.add(f"e{i}", episode, labelled=i not in unlabelled)
             end += length
 
 
@@ -135,6 +135,81 @@ def test_clips_are_held_out_and_always_the_same(path):
     assert rows[0, 0] == entry.start
     assert rows[-1, -1] == entry.start + entry.length - 1
     np.testing.assert_array_equal(clips.video[..., 0, 0, 0], rows)
+
+
+@pytest.mark.parametrize("time", [1, 4, 9])
+def test_the_corpus_covers_every_training_episode_and_crosses_no_end(path, time):
+    episodes = [e for e in train_episodes(path) if e.length >= time]
+    pieces = list(StoreSource(path, SHAPES, seed=0).corpus(1000, time, batch=8))
+    assert all(len(piece.video) == 8 for piece in pieces[:-1])
+    assert 1 <= len(pieces[-1].video) <= 8
+    windows = np.concatenate([piece.video[..., 0, 0, 0] for piece in pieces]).astype(int)
+    assert (np.diff(windows) == 1).all()
+    for e in episodes:
+        inside = windows[(windows[:, 0] >= e.start) & (windows[:, 0] < e.start + e.length)]
+        rows, counts = np.unique(inside, return_counts=True)
+        np.testing.assert_array_equal(rows, np.arange(e.start, e.start + e.length))
+        assert len(inside) == -(-e.length // time)
+        assert (counts == 1).all() or e.length % time
+    assert len(windows) == sum(-(-e.length // time) for e in episodes)
+
+
+def test_a_corpus_of_fewer_windows_is_spread_over_all(path):
+    source = StoreSource(path, SHAPES, seed=0)
+    all_rows = next(source.corpus(1000, 4)).video[:, 0, 0, 0, 0].astype(int)
+    some_rows = np.concatenate([piece.video[:, 0, 0, 0, 0] for piece in source.corpus(7, 4, batch=3)]).astype(int)
+    assert len(some_rows) == len(set(some_rows)) == 7
+    places = np.searchsorted(all_rows, some_rows)
+    np.testing.assert_array_equal(all_rows[places], some_rows)
+    gaps = np.diff(places)
+    assert (places[0], places[-1]) == (0, len(all_rows) - 1)
+    assert gaps.max() - gaps.min() <= 1
+    with pytest.raises(UserError, match="the longest episode has 30 frames, shorter than a window of 31"):
+        list(source.corpus(7, 31))
+
+
+def labels(path, fraction, split="train"):
+    """Whether each episode shows its actions, from the first window of each."""
+    source = StoreSource(path, ((1, 3),), seed=0, split=split, label_fraction=fraction)
+    return np.concatenate([piece.labelled for piece in source.corpus(1000, 3)])
+
+
+def test_a_fraction_of_the_episodes_shows_its_actions_and_larger_ones_hold_smaller_ones(tmp_path):
+    unlabelled = set(range(0, 300, 10))
+    write(tmp_path / "a", [3] * 300, unlabelled)
+    known = np.array([int(e.id[1:]) not in unlabelled for e in train_episodes(tmp_path / "a")])
+    shown = {fraction: labels(tmp_path / "a", fraction) for fraction in (0.0, 0.3, 0.6, 1.0)}
+    assert not shown[0.0].any()
+    assert 0.2 < shown[0.3][known].mean() < 0.4
+    assert 0.5 < shown[0.6][known].mean() < 0.7
+    np.testing.assert_array_equal(shown[1.0], known)
+    assert not (shown[0.3] & ~shown[0.6]).any()
+    assert not (shown[0.6] & ~known).any()
+
+
+def test_batches_show_actions_by_episode_and_held_out_clips_show_all(path):
+    source = StoreSource(path, SHAPES, seed=0, label_fraction=0.5)
+    episodes = train_episodes(path)
+    expected = {e.start: shows_actions(e.id, 0.5) for e in episodes}
+    assert set(expected.values()) == {True, False}
+    starts = np.array(list(expected))
+    for batch in take(source, 0, 30):
+        of = starts[np.searchsorted(starts, batch.video[:, 0, 0, 0, 0], side="right") - 1]
+        assert batch.labelled.tolist() == [expected[start] for start in of.tolist()]
+    assert StoreSource(path, SHAPES, seed=0, label_fraction=0.0).clips("validation", 6, 8).labelled.all()
+
+
+def test_which_episodes_show_their_actions_has_nothing_to_do_with_the_split():
+    shown = {"train": [], "validation": [], "test": []}
+    for i in range(8000):
+        shown[split_of(f"e{i}")].append(shows_actions(f"e{i}", 0.3))
+    assert all(0.26 < np.mean(found) < 0.34 for found in shown.values())
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
+def test_impossible_label_fractions_are_refused(path, fraction):
+    with pytest.raises(UserError, match=f"label_fraction: {fraction} found, 0 to 1 expected"):
+        StoreSource(path, SHAPES, seed=0, label_fraction=fraction)
 
 
 def test_batches_are_fetched_before_they_are_asked_for(path, monkeypatch):
