@@ -14,11 +14,8 @@ the leaves (dataclasses, named tuples, None, empty containers) is the target's, 
 """
 
 import concurrent.futures
-import hashlib
-import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,12 +28,11 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from dreamer4.errors import UserError
+from dreamer4.train.manifest import DamageError, read_manifest, seal, sync, verify
 
-FORMAT = 1
 FOLDER = "checkpoints"
 Which = int | Literal["latest", "best"]
 
-_MANIFEST = "manifest.json"
 _STATE = "state"
 _BEST = "best"
 _TEMPORARY = "tmp."
@@ -88,7 +84,6 @@ class Checkpoints:
         self.wait()
         arrays = _named_leaves(state)
         manifest = {
-            "format": FORMAT,
             "step": step,
             "metrics": {name: float(v) if math.isfinite(float(v)) else None for name, v in metrics.items()},
             "config": config,
@@ -146,7 +141,7 @@ class Checkpoints:
         if jax.process_count() > 1:
             chosen = multihost_utils.broadcast_one_to_all(np.int32(chosen))
         folder = self._folder / str(chosen)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         wanted = _named_leaves(target)
         _check_leaves(folder, manifest["leaves"], {name: _describe(leaf) for name, leaf in wanted.items()})
         arrays = _read(folder, {name: _restore_args(leaf) for name, leaf in wanted.items()})
@@ -157,7 +152,7 @@ class Checkpoints:
         try:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
-                _seal(temporary, manifest)
+                seal(temporary, manifest)
                 final = self._folder / str(step)
                 if final.exists():
                     _remove(_rename(final, self._folder / f"{_TEMPORARY}{step}.replaced"))
@@ -196,7 +191,7 @@ def restore_params(
     sound checkpoint or it holds none of the parts.
     """
     folder = run / FOLDER / str(_first_sound(run / FOLDER, which, set_aside=False))
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     for part in parts:
         names = [name for name in manifest["leaves"] if name.startswith(part + "/")]
         if names:
@@ -250,69 +245,6 @@ def _read(folder: Path, restore_args: dict[str, ocp.RestoreArgs]) -> dict[str, A
         return checkpointer.restore((folder / _STATE).absolute(), args=wanted)
 
 
-# ----- the manifest -----
-
-
-class _DamageError(Exception):
-    """What is wrong with a checkpoint."""
-
-
-def _seal(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest over the files in ``folder`` and returns when all of it is on the disk."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): _fingerprint(path, sync=True) for path in paths}
-    sealed = {**manifest, "files": files}
-    with (folder / _MANIFEST).open("x") as file:
-        json.dump({**sealed, "sha256": _digest(sealed)}, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        _sync_folder(path)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        digest = manifest.pop("sha256")
-    except FileNotFoundError:
-        raise _DamageError(f"{_MANIFEST} is missing") from None
-    except OSError as error:
-        raise _DamageError(f"{_MANIFEST} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise _DamageError(f"{_MANIFEST} cannot be read") from None
-    if digest != _digest(manifest):
-        raise _DamageError(f"{_MANIFEST} is not as it was written")
-    if manifest["format"] > FORMAT:
-        raise UserError(f"{folder}: written in format {manifest['format']}; this version of dreamer4 reads {FORMAT}")
-    return manifest
-
-
-def _verify(folder: Path) -> None:
-    for name, expected in _read_manifest(folder)["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise _DamageError(f"{name} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise _DamageError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        try:
-            sound = _fingerprint(path) == expected
-        except OSError as error:
-            raise _DamageError(f"{name} cannot be read ({error.strerror})") from None
-        if not sound:
-            raise _DamageError(f"{name} is not as it was written")
-
-
-def _fingerprint(path: Path, sync: bool = False) -> dict[str, Any]:
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 # ----- the folder -----
 
 
@@ -331,11 +263,11 @@ def _first_sound(folder: Path, which: Which, set_aside: bool) -> int:
     for step in _candidates(folder, which):
         path = folder / str(step)
         try:
-            _verify(path)
+            verify(path)
             return step
-        except _DamageError as damage:
-            damages.append(f"{step}: {damage}")
-            _log.warning("%s is damaged and not used: %s", path, damage)
+        except DamageError as damage:
+            damages.append(f"{step}: {damage.what}")
+            _log.warning("%s; it is not used", damage)
             if set_aside:
                 _rename(path, _free_name(folder / f"{step}{_DAMAGED}"))
     if damages:
@@ -360,8 +292,8 @@ def _link_best(folder: Path, metric: str) -> None:
     scores = {}
     for step in _steps(folder):
         try:
-            value = _read_manifest(folder / str(step))["metrics"].get(name)
-        except _DamageError:
+            value = read_manifest(folder / str(step))["metrics"].get(name)
+        except DamageError:
             continue
         if value is not None:
             scores[step] = sign * value
@@ -381,7 +313,7 @@ def _free_name(path: Path) -> Path:
 
 def _rename(path: Path, to: Path) -> Path:
     path.rename(to)
-    _sync_folder(to.parent)
+    sync(to.parent)
     return to
 
 
@@ -390,14 +322,6 @@ def _remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:

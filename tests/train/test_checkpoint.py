@@ -253,9 +253,9 @@ def test_another_shape_is_told_with_both_shapes(tmp_path):
 
 
 def test_a_newer_format_is_not_taken_for_damage(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr("dreamer4.train.manifest.FORMAT", 2)
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    monkeypatch.setattr("dreamer4.train.manifest.FORMAT", 1)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=r"written in format 2; .* reads 1"):
         checkpoints.restore(shapes(make_state()))
     assert names(tmp_path) == {"1"}
@@ -270,7 +270,7 @@ def test_a_disk_full_in_the_manifest_surfaces_and_spares_the_last_good_one(tmp_p
 
     checkpoints = Checkpoints(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_seal", full)
+        patch.setattr(checkpoint, "seal", full)
         checkpoints.save(2, make_state(2), {}, {})
         with pytest.raises(UserError, match=r"step 2 could not be written .*No space left.* last good one is 1"):
             checkpoints.save(3, make_state(3), {}, {}) if surface == "save" else getattr(checkpoints, surface)()
