@@ -1,0 +1,397 @@
+"""Train the interactive dynamics on a frozen tokenizer: ``uv run experiments/train_dynamics.py [PRESET] [FLAGS]``.
+
+With no arguments it trains on the toy world, on the tokenizer in ``runs/tokenizer``, which it trains first if there is
+none. The run's folder then holds ``metrics.jsonl``, ``checkpoints/``, ``tokenizer/`` (a copy of the tokenizer that it
+was trained on), and in ``samples/`` pictures in which each column is a clip: the truth, the dream, and the difference.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import train_tokenizer
+import tyro
+
+from dreamer4.batch import ActionSpace, Batch, BatchSpec
+from dreamer4.config import at_least, from_json, to_json
+from dreamer4.data.latents import LatentSource, encode_corpus
+from dreamer4.data.loader import StoreSource
+from dreamer4.data.toy import ToyConfig, ToySource
+from dreamer4.errors import UserError
+from dreamer4.models.dynamics import Dynamics, DynamicsConfig, dynamics_flops
+from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, init_tokenizer, tokenizer_flops
+from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_bytes
+from dreamer4.objectives.shortcut_forcing import ForcingConfig, ShortcutForcing
+from dreamer4.rollout.evaluation import Horizon
+from dreamer4.rollout.generate import encode
+from dreamer4.train.checkpoint import adopt, adopted, restore_params
+from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_sinks
+from dreamer4.train.environment import write_environment
+from dreamer4.train.fit import Source, TrainConfig, fit, make_program
+from dreamer4.train.optimizer import OptimizerConfig
+
+# isort: split
+import jax  # (after dreamer4, which says how much XLA prints)
+import numpy as np
+from jaxtyping import Array, PyTree
+
+MEASURED_CLIPS = 64
+"""Clips of which the latents' mean and deviation are taken where none are encoded beforehand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A dynamics model's training run."""
+
+    run: Annotated[RunOptions, tyro.conf.OmitArgPrefixes] = RunOptions(Path("runs/dynamics"))
+    tokenizer: Path | None = None
+    """Run of the tokenizer; without one, the default run of the tokenizer's preset, and for toy and debug that is
+    trained first if there is none."""
+    tokenizer_preset: Literal["toy", "debug", "atari", "reference", "paper"] = "toy"
+    data: Path | None = None
+    """Data set to train on; without one, the toy world."""
+    toy: ToyConfig = ToyConfig()
+    label_fraction: float = 1.0
+    """Share of the clips or episodes whose actions are shown in training."""
+    corpus: int = 0
+    """Clips of the data, as long as the longest batch's, to encode once and train on; 0 encodes within each step."""
+    latent_deviation: float | None = None
+    """Bring the latents to mean 0 and this standard deviation, as measured on the data; None takes them as they are."""
+    dynamics: DynamicsConfig = DynamicsConfig()
+    forcing: ForcingConfig = ForcingConfig()
+    k: int = 4
+    """Denoising steps a frame in evaluation."""
+    horizon: Horizon = Horizon()
+    """Frames of a held-out clip that a dream starts from, and frames that it adds."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig(eval_length=24)
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "corpus")
+        if self.latent_deviation is not None and self.latent_deviation <= 0:
+            raise UserError(f"latent_deviation: {self.latent_deviation} found, a number above 0 expected")
+
+
+TOY = Config(
+    corpus=6000,
+    latent_deviation=1.0,
+    dynamics=DynamicsConfig(
+        spatial=16,
+        registers=2,
+        k_max=8,
+        context_noise=0.125,
+        actions_to_spatial=True,
+        transformer=TransformerConfig(
+            d_model=96, depth=4, heads=4, mlp_ratio=2.7, time_every=2, context=24, soft_cap=None
+        ),
+    ),
+    forcing=ForcingConfig(bootstrap_start=0.25, ramp_floor=0.5, at_zero=0.3, at_context=0.3),
+    optimizer=OptimizerConfig(
+        name="muon",
+        learning_rate=3e-3,
+        schedule="linear",
+        warmup_steps=50,
+        final_fraction=0.02,
+        weight_decay=0.0,
+    ),
+    train=TrainConfig(
+        steps=10_000,
+        batch_size=4,
+        clip_length=18,
+        long_every=3,
+        long_length=24,
+        eval_every=2500,
+        checkpoint_every=2500,
+        eval_clips=64,
+        eval_length=24,
+    ),
+)
+
+DEBUG = dataclasses.replace(
+    TOY,
+    run=RunOptions(Path("runs/dynamics_debug")),
+    tokenizer_preset="debug",
+    toy=ToyConfig(height=16, width=16, max_side=8),
+    corpus=8,
+    dynamics=DynamicsConfig(
+        spatial=2,
+        registers=1,
+        k_max=4,
+        transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2, context=6),
+    ),
+    forcing=ForcingConfig(),
+    k=2,
+    horizon=Horizon(2, 4),
+    train=TrainConfig(
+        steps=20,
+        batch_size=4,
+        clip_length=3,
+        long_every=2,
+        long_length=6,
+        log_every=2,
+        eval_every=10,
+        checkpoint_every=5,
+        eval_clips=4,
+        eval_length=6,
+    ),
+)
+
+ATARI = Config(
+    run=RunOptions(Path("runs/dynamics_atari")),
+    tokenizer_preset="atari",
+    data=Path("data/breakout"),
+    latent_deviation=1.0,
+    dynamics=DynamicsConfig(
+        spatial=32,
+        registers=4,
+        k_max=8,
+        actions_to_spatial=True,
+        transformer=TransformerConfig(
+            d_model=128, depth=4, heads=4, mlp_ratio=2.7, time_every=2, context=32, soft_cap=None
+        ),
+    ),
+    optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup_steps=50),
+    train=TrainConfig(
+        steps=20_000,
+        batch_size=4,
+        clip_length=16,
+        long_every=4,
+        long_length=32,
+        eval_every=500,
+        checkpoint_every=500,
+        eval_clips=8,
+        eval_length=24,
+    ),
+)
+
+REFERENCE = Config(
+    run=RunOptions(Path("runs/dynamics_reference")),
+    tokenizer_preset="reference",
+    dynamics=DynamicsConfig(
+        spatial=8,
+        registers=4,
+        agents=1,
+        transformer=TransformerConfig(d_model=128, depth=8, heads=4, mlp_ratio=8 / 3, context=192),
+    ),
+    train=TrainConfig(eval_length=24),
+)
+"""``uv run experiments/benchmark.py dynamics`` and ``generate`` measure it. Not tuned for quality."""
+
+PAPER = Config(
+    run=RunOptions(Path("runs/dynamics_paper")),
+    tokenizer_preset="paper",
+    toy=ToyConfig(height=384, width=640, max_side=128),
+    dynamics=DynamicsConfig(
+        spatial=256,
+        registers=4,
+        agents=1,
+        transformer=TransformerConfig(
+            d_model=2048,
+            depth=36,
+            heads=16,
+            kv_heads=4,
+            mlp_ratio=8 / 3,
+            context=192,
+            dtype="bfloat16",
+            remat=True,
+        ),
+    ),
+    train=TrainConfig(steps=200_000, batch_size=32, clip_length=64, long_every=4, long_length=256, eval_length=24),
+)
+
+PRESETS = {
+    "toy": ("bouncing squares, minutes on two cores (default)", TOY),
+    "debug": ("the smallest thing that trains, seconds", DEBUG),
+    "atari": ("real Atari frames of 210x160 from --data", ATARI),
+    "reference": ("the size that benchmarks are stated for", REFERENCE),
+    "paper": ("the paper's 1.6 B parameters, for accelerators", PAPER),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenTokenizer:
+    """A trained tokenizer: the module, its parameters and what its run was configured with."""
+
+    model: Tokenizer
+    params: PyTree
+    config: dict
+
+    @property
+    def encode(self) -> Callable[[Array | np.ndarray], Array]:
+        """Jitted, from uint8 video to latents."""
+        jitted = jax.jit(functools.partial(encode, self.model))
+        return functools.partial(jitted, jax.device_put(self.params))
+
+
+def load_tokenizer(run: Path) -> FrozenTokenizer:
+    """The best checkpoint of a tokenizer's run."""
+    params, config = restore_params(run)
+    for name in ("tokenizer", "frame"):
+        if name not in config:
+            raise UserError(f"{run}: no run of train_tokenizer.py, its configuration has no {name}")
+    model = Tokenizer(from_json(TokenizerConfig, config["tokenizer"], f"{run}: tokenizer"), *config["frame"])
+    expected = jax.eval_shape(functools.partial(init_tokenizer, model), jax.random.key(0))
+    found = jax.tree.map(np.shape, params)
+    if found != jax.tree.map(np.shape, expected):
+        raise UserError(f"{run}: the checkpoint's parameters are not those of the tokenizer in its configuration")
+    return FrozenTokenizer(model, params, config)
+
+
+def find_tokenizer(config: Config) -> Path:
+    """The run of the tokenizer to train on: the one asked for, the copy that this run has, or the preset's, which for
+    toy and debug is trained now where it is missing or unfinished."""
+    if config.tokenizer is not None:
+        return config.tokenizer
+    copy = config.run.run_dir / "tokenizer"
+    if config.run.resume and adopted(copy):
+        return copy
+    _, preset = train_tokenizer.PRESETS[config.tokenizer_preset]
+    run = preset.run.run_dir
+    newest = adopted(run)
+    if newest is None or newest.step < preset.train.steps:
+        command = f"uv run experiments/train_tokenizer.py {config.tokenizer_preset}"
+        missing = "there is no tokenizer" if newest is None else f"the tokenizer is at step {newest.step}"
+        if config.tokenizer_preset not in ("toy", "debug"):
+            raise UserError(f"{run}: {missing}; train it with {command}, or name another with --tokenizer")
+        print(f"{run}: {missing}; training it first, as {command} does", flush=True)
+        train_tokenizer.train(preset)
+    return run
+
+
+def make_source(config: Config) -> ToySource | StoreSource:
+    """The data set of ``config``, or the toy world."""
+    shapes, seed = config.train.shapes, config.train.seed
+    if config.data is None:
+        return ToySource(config.toy, shapes, seed, label_fraction=config.label_fraction)
+    if not config.data.exists():
+        raise UserError(
+            f"data: there is no {config.data}; record one with"
+            f" uv run --extra atari experiments/record.py atari --game Breakout --episodes 30 --out {config.data}"
+        )
+    return StoreSource(config.data, shapes, seed, label_fraction=config.label_fraction)
+
+
+def check_frames(tokenizer: Tokenizer, spec: BatchSpec, where: Path) -> None:
+    """A ``UserError`` unless the data's frames are those that the tokenizer was trained on."""
+    found, expected = ((x.height, x.width, x.channels) for x in (spec, tokenizer))
+    if found != expected:
+        raise UserError(f"data: frames of {found} found, {expected} expected, as in the tokenizer of {where}")
+
+
+def make_objective(config: Config, tokenizer: Tokenizer, spec: BatchSpec) -> ShortcutForcing:
+    """The objective on the latents of ``tokenizer`` under the data's actions."""
+    model = Dynamics(config.dynamics, spec.actions, tokenizer.config.latents, tokenizer.config.bottleneck)
+    model.channels  # noqa: B018 (latents that cannot be packed say so here, before anything starts)
+    config.horizon.check(config.train.eval_length)
+    return ShortcutForcing(model, tokenizer, config.forcing, config.train.steps, config.k, config.horizon)
+
+
+def measure(config: Config, corpus: Batch) -> DynamicsConfig:
+    """The dynamics' configuration with the latents' mean and scale as measured on ``corpus``, to four digits."""
+    if config.latent_deviation is None:
+        return config.dynamics
+    latents = np.asarray(corpus.latents, np.float64)
+    mean, deviation = latents.mean(), latents.std()
+    mean, scale = (float(f"{x:.4g}") for x in (mean, config.latent_deviation / max(deviation, 1e-6)))
+    return dataclasses.replace(config.dynamics, latent_mean=mean, latent_scale=scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedDynamics:
+    """A dynamics run, ready to dream: ``params`` is what ``Generator`` takes."""
+
+    model: Dynamics
+    tokenizer: Tokenizer
+    params: dict[str, PyTree]
+    config: dict
+    step: int
+
+
+def load_dynamics(run: Path) -> TrainedDynamics:
+    """The best checkpoint of a dynamics run, with the copy of its tokenizer."""
+    params, config = restore_params(run, parts=("ema", "params"))
+    if "dynamics" not in config:
+        raise UserError(f"{run}: no run of train_dynamics.py, its configuration has no dynamics")
+    tokenizer = load_tokenizer(run / "tokenizer")
+    dynamics = from_json(DynamicsConfig, config["dynamics"], f"{run}: dynamics")
+    actions = from_json(ActionSpace, config["actions"], f"{run}: actions")
+    model = Dynamics(dynamics, actions, tokenizer.model.config.latents, tokenizer.model.config.bottleneck)
+    chosen = adopted(run, "best")
+    both = {"tokenizer": tokenizer.params, "dynamics": params}
+    return TrainedDynamics(model, tokenizer.model, both, config, chosen.step if chosen else 0)
+
+
+def dry_run(config: Config) -> None:
+    """Prints what the run would take, without running it or a trained tokenizer."""
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer).model
+    else:
+        _, preset = train_tokenizer.PRESETS[config.tokenizer_preset]
+        spec = train_tokenizer.make_source(preset).spec
+        tokenizer = train_tokenizer.make_objective(preset, spec)[0].model
+    source = make_source(config)
+    check_frames(tokenizer, source.spec, config.tokenizer or Path(config.tokenizer_preset))
+    objective = make_objective(config, tokenizer, source.spec)
+    frozen = jax.eval_shape(functools.partial(init_tokenizer, tokenizer), jax.random.key(0))
+    program = make_program(objective, source, config.train, config.optimizer)
+    key, shape = jax.random.key(0), config.train.shapes[0]
+    jax.eval_shape(lambda: program.step(program.shapes, frozen, next(source.batches(0)), key, shape))
+    counts = [parameter_count(x) / 1e6 for x in (program.shapes.params, frozen)]
+    state_bytes = tree_bytes(program.shapes)
+    print("parameters   {:,.2f} M, and {:,.2f} M of the tokenizer".format(*counts))
+    print(f"memory       {state_bytes / 2**20:,.1f} MiB of state (parameters, optimizer), activations not counted")
+    print(f"FLOPs        {step_flops(objective, shape) / 1e9:,.1f} G per step of {shape[0]} x {shape[1]} frames")
+
+
+def step_flops(objective: ShortcutForcing, shape: tuple[int, int]) -> float:
+    """Floating point operations of a training step on (clips, frames): forward and backward through the dynamics, two
+    more forward passes of the clips that bootstrap, and the encoder, which is half of the tokenizer."""
+    clips, frames = shape
+    forward = dynamics_flops(objective.model, frames)
+    rows = round(objective.config.bootstrap_share * clips)
+    return frames * (forward * (3 * clips + 2 * rows) + clips * tokenizer_flops(objective.tokenizer, frames) / 2)
+
+
+def train(config: Config) -> None:
+    """One run, from its configuration to its final pictures."""
+    if config.run.dry_run:
+        dry_run(config)
+        return
+    source = make_source(config)
+    run_of_tokenizer = find_tokenizer(config)
+    tokenizer = load_tokenizer(run_of_tokenizer)
+    check_frames(tokenizer.model, source.spec, run_of_tokenizer)
+    feed: Source = source
+    longest = max(time for _, time in config.train.shapes)
+    if config.corpus or config.latent_deviation is not None:
+        corpus = encode_corpus(source, tokenizer.encode, config.corpus or MEASURED_CLIPS, longest)
+        config = dataclasses.replace(config, dynamics=measure(config, corpus))
+        if config.corpus:
+            feed = LatentSource(source, corpus, config.train.shapes, config.train.seed)
+    objective = make_objective(config, tokenizer.model, source.spec)
+    origin = adopted(run_of_tokenizer, "best")
+    resolved = to_json(dataclasses.replace(config, run=None))
+    resolved |= {"tokenizer": to_json(tokenizer.model.config), "tokenizer_checkpoint": to_json(origin)}
+    resolved |= {"actions": to_json(source.spec.actions), "frame": tokenizer.config["frame"]}
+    with open_run(config.run, resolved) as run:
+        if run_of_tokenizer != run.path / "tokenizer":
+            adopt(run_of_tokenizer, run.path / "tokenizer")
+        write_environment(run.path)
+        sinks = functools.partial(open_sinks, config.run, resolved)
+        fit(
+            objective,
+            feed,
+            config.train,
+            config.optimizer,
+            run,
+            resolved,
+            frozen=tokenizer.params,
+            open_sinks=sinks,
+        )
+        print(f"done: pictures in {run.samples}, metrics in {run.metrics_path}")
+
+
+if __name__ == "__main__":
+    main(lambda: train(choose_preset(PRESETS)))
