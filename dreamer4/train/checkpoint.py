@@ -14,6 +14,7 @@ the leaves (dataclasses, named tuples, None, empty containers) is the target's, 
 """
 
 import concurrent.futures
+import dataclasses
 import logging
 import math
 import shutil
@@ -28,11 +29,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from dreamer4.errors import UserError
-from dreamer4.train.manifest import DamageError, read_manifest, seal, sync, verify
+from dreamer4.train.manifest import MANIFEST, DamageError, digest, read_manifest, seal, sync, verify
 
 FOLDER = "checkpoints"
 Which = int | Literal["latest", "best"]
 
+_CONFIG = "config.json"
 _STATE = "state"
 _BEST = "best"
 _TEMPORARY = "tmp."
@@ -201,6 +203,89 @@ def restore_params(
     raise UserError(f"{folder}: holds {', '.join(held)}, but no {' or '.join(parts)}")
 
 
+# ----- adoption -----
+
+
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+    """Which checkpoint of another run was copied: its step, and the SHA-256 of its manifest in hex."""
+
+    step: int
+    digest: str
+
+    def __str__(self) -> str:
+        return f"step {self.step} ({self.digest[:12]})"
+
+
+def adopt(run: Path, into: Path, which: Which = "best") -> Adopted:
+    """Copies a checkpoint of ``run``, and its ``config.json``, to ``into``, which ``restore_params`` then reads.
+
+    A run that builds on another's parameters so stays whole when the other one goes on, moves or is deleted. The choice
+    is that of ``restore_params``. The copy is verified and appears by one rename; the first host makes it. Where it is
+    there already nothing is written; a damaged copy is renamed to ``STEP.damaged`` and made again.
+
+    Raises UserError where ``run`` is not there or has no sound checkpoint, where ``into`` holds a sound copy of another
+    one, and where the copy cannot be written.
+    """
+    step = _adopt(run, into, which) if jax.process_index() == 0 else 0
+    if jax.process_count() > 1:
+        step = multihost_utils.broadcast_one_to_all(np.int32(step))
+    return _identify(into / FOLDER / str(step))
+
+
+def adopted(into: Path) -> Adopted | None:
+    """What ``into`` holds a sound copy of, whether or not that run is still there; None where it holds none."""
+    step, _ = _find_sound(into / FOLDER, "latest", set_aside=False)
+    return None if step is None else _identify(into / FOLDER / str(step))
+
+
+def _adopt(run: Path, into: Path, which: Which) -> int:
+    if not run.is_dir():
+        raise UserError(f"{run}: there is no such run")
+    step = _first_sound(run / FOLDER, which, set_aside=False)
+    try:
+        held, _ = _find_sound(into / FOLDER, "latest", set_aside=True)
+        if held is None:
+            _copy(run, step, into)
+            return step
+    except OSError as error:
+        raise UserError(f"{into}: checkpoint {step} of {run} cannot be copied there ({error.strerror})") from error
+    copy, offered = _identify(into / FOLDER / str(held)), _identify(run / FOLDER / str(step))
+    if copy != offered:
+        raise UserError(
+            f"{into}: holds a copy of {copy}, but {run} has {offered} to copy; use another run folder or --no-resume"
+        )
+    return held
+
+
+def _copy(run: Path, step: int, into: Path) -> None:
+    source, folder = run / FOLDER / str(step), into / FOLDER
+    temporary = folder / f"{_TEMPORARY}{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(_TEMPORARY + "*"):
+        _remove(leftover)
+    try:
+        for name in (MANIFEST, *read_manifest(source)["files"]):
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, temporary / name)
+        verify(temporary)
+        has_config = (run / _CONFIG).exists()
+        if has_config:
+            shutil.copyfile(run / _CONFIG, temporary / _CONFIG)
+        sync(temporary, *temporary.rglob("*"))
+        if has_config:
+            (temporary / _CONFIG).replace(into / _CONFIG)
+            sync(into)
+        _rename(temporary, folder / str(step))
+    finally:
+        _remove(temporary)
+
+
+def _identify(folder: Path) -> Adopted:
+    manifest = read_manifest(folder)
+    return Adopted(manifest["step"], digest(manifest))
+
+
 # ----- leaves and their names -----
 
 
@@ -259,20 +344,28 @@ def _best_step(folder: Path) -> int | None:
 
 
 def _first_sound(folder: Path, which: Which, set_aside: bool) -> int:
+    step, damages = _find_sound(folder, which, set_aside)
+    if step is not None:
+        return step
+    if damages:
+        raise UserError(f"{folder}: no sound checkpoint ({'; '.join(damages)})")
+    raise UserError(f"{folder}: no checkpoint{f' of step {which}' if isinstance(which, int) else ''}")
+
+
+def _find_sound(folder: Path, which: Which, set_aside: bool) -> tuple[int | None, list[str]]:
+    """The step that is wanted and sound, or None, and what is wrong with those that were tried before it."""
     damages = []
     for step in _candidates(folder, which):
         path = folder / str(step)
         try:
             verify(path)
-            return step
+            return step, damages
         except DamageError as damage:
             damages.append(f"{step}: {damage.what}")
             _log.warning("%s; it is not used", damage)
             if set_aside:
                 _rename(path, _free_name(folder / f"{step}{_DAMAGED}"))
-    if damages:
-        raise UserError(f"{folder}: no sound checkpoint ({'; '.join(damages)})")
-    raise UserError(f"{folder}: no checkpoint{f' of step {which}' if isinstance(which, int) else ''}")
+    return None, damages
 
 
 def _candidates(folder: Path, which: Which) -> Iterable[int]:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from dreamer4.errors import UserError
 from dreamer4.train import checkpoint
-from dreamer4.train.checkpoint import Checkpoints, restore_params
+from dreamer4.train.checkpoint import Checkpoints, adopt, adopted, restore_params
 
 
 @jax.tree_util.register_dataclass
@@ -319,6 +320,153 @@ def test_reading_another_run_changes_nothing_there(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         restore_params(tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_parameters_of_a_damaged_run_end_in_a_sentence(tmp_path, damage):
+    folder = tmp_path / checkpoint.FOLDER
+    save(folder, 2)
+    damage(folder / "2")
+    for restore in (restore_params, lambda run: adopt(run, run / "copy")):
+        with pytest.raises(UserError, match=r"no sound checkpoint \(2: .*\)") as error:
+            restore(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_its_run_drops_while_it_is_read_ends_in_a_sentence(tmp_path, monkeypatch):
+    folder = tmp_path / checkpoint.FOLDER
+    save(folder, 2)
+    monkeypatch.setattr(checkpoint, "verify", lose_everything)
+    with pytest.raises(UserError, match=r"2 is damaged: manifest.json is missing"):
+        restore_params(tmp_path)
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints 1 to 3, of which 2 is the best."""
+    run = tmp_path / "tokenizer"
+    save(run / checkpoint.FOLDER, 1, 2, 3, psnr={1: 20.0, 2: 30.0, 3: 25.0}, best="eval/psnr")
+    (run / "config.json").write_text('{"seed": 2}')
+    return run
+
+
+def test_an_adopted_checkpoint_outlives_its_run(tmp_path, run):
+    into = tmp_path / "dynamics" / "tokenizer"
+    assert adopted(into) is None
+    expected, config = restore_params(run)
+    copy = adopt(run, into)
+    assert copy.step == 2
+    assert copy.digest == json.loads((run / "checkpoints" / "2" / "manifest.json").read_text())["sha256"]
+    shutil.rmtree(run)
+    params, copied_config = restore_params(into)
+    assert_same(params, expected)
+    assert copied_config == config
+    assert (into / "config.json").read_text() == '{"seed": 2}'
+    assert names(into) == {"checkpoints", "config.json"}
+    assert names(into / "checkpoints") == {"2"}
+    assert adopted(into) == copy
+    with pytest.raises(UserError, match="tokenizer: there is no such run"):
+        adopt(run, into)
+
+
+def test_adopting_again_writes_nothing(tmp_path, run):
+    into = tmp_path / "copy"
+    copy = adopt(run, into)
+    before = contents(into)
+    assert adopt(run, into) == copy
+    assert contents(into) == before
+
+
+def test_another_checkpoint_is_not_copied_over_the_one_that_is_there(tmp_path, run):
+    into = tmp_path / "copy"
+    held = adopt(run, into)
+    before = contents(into)
+    save(run / checkpoint.FOLDER, 4, psnr={4: 35.0}, best="eval/psnr")
+    found = adopt(run, tmp_path / "elsewhere")
+    assert (held.step, found.step) == (2, 4)
+    told = rf"step 2 \({held.digest[:12]}\).* step 4 \({found.digest[:12]}\).* another run folder or --no-resume"
+    with pytest.raises(UserError, match=told):
+        adopt(run, into)
+    with Checkpoints(run / checkpoint.FOLDER) as checkpoints:
+        checkpoints.save(2, make_state(9), {"eval/psnr": 40.0}, {}, "eval/psnr")
+    with pytest.raises(UserError, match=rf"step 2 \({held.digest[:12]}\).* step 2 \((?!{held.digest[:12]})"):
+        adopt(run, into)
+    assert contents(into) == before
+
+
+def test_the_checkpoint_before_a_damaged_one_is_adopted(tmp_path, run, caplog):
+    flip_a_bit(run / "checkpoints" / "2")
+    assert adopt(run, tmp_path / "copy").step == 3
+    assert f"{run / 'checkpoints' / '2'} is damaged" in caplog.text
+    assert names(run / "checkpoints") == {"1", "2", "3", "best"}
+    assert adopt(run, tmp_path / "first", 1).step == 1
+
+
+def test_a_run_without_checkpoints_cannot_be_adopted(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=r"run/checkpoints: no checkpoint$"):
+        adopt(tmp_path / "run", tmp_path / "copy")
+    assert names(tmp_path) == {"run"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_copy_is_set_aside_and_made_again(tmp_path, run, damage):
+    into = tmp_path / "copy"
+    copy = adopt(run, into)
+    damage(into / "checkpoints" / "2")
+    assert adopted(into) is None
+    assert adopt(run, into) == copy
+    assert adopted(into) == copy
+    assert names(into / "checkpoints") == {"2", "2.damaged"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("full", r"copy: checkpoint 2 of .*tokenizer cannot be copied there \(No space left on device\)"),
+        ("wrong", r"checkpoints/tmp.2 is damaged: state/.* has 5 bytes instead of \d+"),
+    ],
+)
+def test_a_copy_that_fails_leaves_nothing_half(tmp_path, run, monkeypatch, fault, message):
+    into, copyfile = tmp_path / "copy", shutil.copyfile
+
+    def faulty(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        if target.name != "manifest.json":
+            if fault == "full":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            target.write_bytes(b"wrong")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", faulty)
+        with pytest.raises(UserError, match=message):
+            adopt(run, into)
+    assert adopted(into) is None
+    assert names(into) == {"checkpoints"}
+    assert names(into / "checkpoints") == set()
+    assert adopt(run, into).step == 2
+
+
+def test_a_copy_killed_before_its_rename_is_not_there(tmp_path, run, monkeypatch):
+    into = tmp_path / "copy"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_rename", killed)
+        patch.setattr(checkpoint, "_remove", lambda path: None)  # nothing cleans up after a kill
+        with pytest.raises(KeyboardInterrupt):
+            adopt(run, into)
+    assert names(into / "checkpoints") == {"tmp.2"}
+    assert adopted(into) is None
+    assert adopt(run, into, 3).step == 3
+    assert names(into / "checkpoints") == {"3"}
 
 
 def test_the_manifest_covers_every_file(tmp_path):
