@@ -7,6 +7,7 @@ past. The prediction is ``z1_hat``, the clean latents (x-prediction), for any mi
 
 import dataclasses
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -16,9 +17,19 @@ from jaxtyping import Array, Bool, Float, Int
 from dreamer4.batch import Actions, ActionSpace
 from dreamer4.config import at_least
 from dreamer4.errors import UserError
+from dreamer4.models.patches import sinusoids
 from dreamer4.nn.attention import KVCache
 from dreamer4.nn.layers import Linear, draw_kernels
-from dreamer4.nn.transformer import Layout, Modality, Transformer, TransformerConfig, empty_cache, transformer_flops
+from dreamer4.nn.transformer import (
+    Layout,
+    Modality,
+    Transformer,
+    TransformerConfig,
+    aligned_start,
+    empty_cache,
+    look_back,
+    transformer_flops,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +43,8 @@ class DynamicsConfig:
     """Agent tokens: they read the world and the world does not read them."""
     k_max: int = 64
     """Finest division of the way from noise to data, a power of two: step sizes are 1, 1/2, ..., 1 / k_max."""
+    start: Literal["random", "structured"] = "random"
+    """``structured`` starts with spatial tokens on a grid that look around themselves and one step back."""
     context_noise: float = 0.1
     """Share of noise in the frames that the next one is told from, rounded to the nearest signal level."""
     actions_to_spatial: bool = False
@@ -181,7 +194,18 @@ def init_dynamics(model: Dynamics, key: Array) -> dict:
     action = {a.name: jnp.zeros((*lead, *a.shape), a.dtype) for a in model.actions}
     params = model.init(init_key, noised, index, index, action, labelled)["params"]
     params = draw_kernels(dict(params), kernel_key)
-    return params | {"to_latents": jax.tree.map(jnp.zeros_like, params["to_latents"])}
+    params |= {"to_latents": jax.tree.map(jnp.zeros_like, params["to_latents"])}
+    return structured_start(model, params) if model.config.start == "structured" else params
+
+
+def structured_start(model: Dynamics, params: dict) -> dict:
+    """The same parameters with the spatial tokens' places on the squarest grid that holds them, as the tokenizer's
+    latents are in its own structured start, attention by likeness, and over time to the step before."""
+    c, width = model.config, model.config.transformer.d_model
+    rows = math.isqrt(c.spatial)
+    places = jnp.asarray(sinusoids((rows, -(-c.spatial // rows)), width)[: c.spatial])
+    transformer = look_back(c.transformer, aligned_start(params["transformer"]))
+    return params | {"places": params["places"].at[2 : 2 + c.spatial].set(places), "transformer": transformer}
 
 
 def dynamics_flops(model: Dynamics, frames: int) -> int:

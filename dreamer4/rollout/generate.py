@@ -96,6 +96,37 @@ class Generator:
         state, latents = jax.lax.scan(advance, state, _time_first(actions))
         return state, jnp.moveaxis(latents, 0, 1)
 
+    def rollout_uncached(
+        self, params: PyTree, z1: Float[Array, "B T Sz Dz"], actions: Actions, key: PRNGKeyArray
+    ) -> Float[Array, "B h Sz Dz"]:
+        """The plain definition that ``rollout_latents`` agrees with: z1 of the h frames that follow T given ones under
+        T + h actions, with the whole clip through the model at every step, and the same noise."""
+        c = self.dynamics.config
+        batch, context = z1.shape[:2]
+        length = next(iter(actions.values())).shape[1]
+        known = jnp.ones((batch, length), bool)
+        levels = jnp.full((batch, length), c.context_signal), jnp.full((batch, length), c.step_sizes - 1)
+
+        def advance(carry: tuple[Array, PRNGKeyArray], t: Array) -> tuple[tuple[Array, PRNGKeyArray], Array]:
+            past, key = carry
+
+            def predict(z: Array, signal: Array, step: Array) -> Array:
+                signals, steps = (old.at[:, t].set(new) for old, new in zip(levels, (signal, step), strict=True))
+                frames = past.at[:, t].set(z)
+                return self.dynamics.apply({"params": params["dynamics"]}, frames, signals, steps, actions, known)[0][
+                    :, t
+                ]  # type: ignore[index]
+
+            key, noise_key = jax.random.split(key)
+            z = denoise(predict, jax.random.normal(noise_key, (batch, 1, *past.shape[2:]))[:, 0], self.steps, c.k_max)
+            corrupted, key = self.corrupt(z[:, None], key)
+            return (past.at[:, t].set(corrupted[:, 0]), key), z
+
+        corrupted, key = self.corrupt(z1, key)
+        past = jnp.pad(corrupted, ((0, 0), (0, length - context), (0, 0), (0, 0)))
+        _, dreamt = jax.lax.scan(advance, (past, key), jnp.arange(context, length))
+        return jnp.moveaxis(dreamt, 0, 1)
+
     def step_latents(
         self, params: PyTree, state: DreamState, action: Action, labelled: Bool[Array, " B"] | None = None
     ) -> DreamState:
@@ -123,15 +154,22 @@ class Generator:
         actions: Actions,
         labelled: Bool[Array, "B T"] | None = None,
     ) -> DreamState:
-        """The state after frames that are final: corrupted as training's context was, and labelled with the signal
-        level that they then have. (The paper's tau_ctx = 0.1 is read as one tenth of noise.)"""
+        """The state after frames that are final: corrupted, and labelled with the signal level that they then have.
+        (The paper's tau_ctx = 0.1 is read as one tenth of noise.)"""
         c = self.dynamics.config
-        key, noise_key = jax.random.split(state.key)
-        corrupted = mix(jax.random.normal(noise_key, z1.shape), z1, c.context_signal / c.k_max)
+        corrupted, key = self.corrupt(z1, state.key)
         known = jnp.ones(z1.shape[:2], bool) if labelled is None else labelled
         finest = jnp.asarray(c.step_sizes - 1)
         _, cache = self.apply(params, corrupted, jnp.asarray(c.context_signal), finest, actions, known, state.cache)
         return dataclasses.replace(state, cache=cache, latents=z1[:, -1], key=key)
+
+    def corrupt(
+        self, z1: Float[Array, "B T Sz Dz"], key: PRNGKeyArray
+    ) -> tuple[Float[Array, "B T Sz Dz"], PRNGKeyArray]:
+        """Final frames at the level that a dream's past has, and the key that comes next."""
+        c = self.dynamics.config
+        key, noise_key = jax.random.split(key)
+        return mix(jax.random.normal(noise_key, z1.shape), z1, c.context_signal / c.k_max), key
 
     def apply(
         self,

@@ -98,7 +98,7 @@ def make_step(
         # As bare leaves: with an axis of parts in front, a batch would no longer be one.
         leaves, structure = jax.tree.flatten(batch)
         # Every accumulate-th clip makes a part, so that each device's share of the batch has a share in each part.
-        pieces = [x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1) for x in leaves]
+        pieces = [x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1) for x in leaves]
         carry, (grads, metrics) = jax.lax.scan(
             lambda carry, piece: part(carry, (jax.tree.unflatten(structure, piece[0]), piece[1])),
             state.carry,
