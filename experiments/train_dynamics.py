@@ -26,7 +26,7 @@ from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_byt
 from dreamer4.objectives.shortcut_forcing import ForcingConfig, ShortcutForcing
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.rollout.generate import encode
-from dreamer4.train.checkpoint import adopt, adopted, restore_params
+from dreamer4.train.checkpoint import adopt, find, restore_params
 from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_sinks
 from dreamer4.train.environment import write_environment
 from dreamer4.train.fit import Source, TrainConfig, fit, make_program
@@ -245,11 +245,11 @@ def find_tokenizer(config: Config) -> Path:
     if config.tokenizer is not None:
         return config.tokenizer
     copy = config.run.run_dir / "tokenizer"
-    if config.run.resume and adopted(copy):
+    if config.run.resume and find(copy):
         return copy
     _, preset = train_tokenizer.PRESETS[config.tokenizer_preset]
     run = preset.run.run_dir
-    newest = adopted(run)
+    newest = find(run)
     if newest is None or newest.step < preset.train.steps:
         command = f"uv run experiments/train_tokenizer.py {config.tokenizer_preset}"
         missing = "there is no tokenizer" if newest is None else f"the tokenizer is at step {newest.step}"
@@ -318,7 +318,7 @@ def load_dynamics(run: Path) -> TrainedDynamics:
     dynamics = from_json(DynamicsConfig, config["dynamics"], f"{run}: dynamics")
     actions = from_json(ActionSpace, config["actions"], f"{run}: actions")
     model = Dynamics(dynamics, actions, tokenizer.model.config.latents, tokenizer.model.config.bottleneck)
-    chosen = adopted(run, "best")
+    chosen = find(run, "best")
     both = {"tokenizer": tokenizer.params, "dynamics": params}
     return TrainedDynamics(model, tokenizer.model, both, config, chosen.step if chosen else 0)
 
@@ -371,7 +371,7 @@ def train(config: Config) -> None:
         if config.corpus:
             feed = LatentSource(source, corpus, config.train.shapes, config.train.seed)
     objective = make_objective(config, tokenizer.model, source.spec)
-    origin = adopted(run_of_tokenizer, "best")
+    origin = find(run_of_tokenizer, "best")
     resolved = to_json(dataclasses.replace(config, run=None))
     resolved |= {"tokenizer": to_json(tokenizer.model.config), "tokenizer_checkpoint": to_json(origin)}
     resolved |= {"actions": to_json(source.spec.actions), "frame": tokenizer.config["frame"]}

@@ -207,8 +207,8 @@ def restore_params(
 
 
 @dataclasses.dataclass(frozen=True)
-class Adopted:
-    """Which checkpoint of another run was copied: its step, and the SHA-256 of its manifest in hex."""
+class Identity:
+    """Which checkpoint it is: its step, and the SHA-256 of its manifest in hex."""
 
     step: int
     digest: str
@@ -217,7 +217,7 @@ class Adopted:
         return f"step {self.step} ({self.digest[:12]})"
 
 
-def adopt(run: Path, into: Path, which: Which = "best") -> Adopted:
+def adopt(run: Path, into: Path, which: Which = "best") -> Identity:
     """Copies a checkpoint of ``run``, and its ``config.json``, to ``into``, which ``restore_params`` then reads.
 
     A run that builds on another's parameters so stays whole when the other one goes on, moves or is deleted. The choice
@@ -233,10 +233,11 @@ def adopt(run: Path, into: Path, which: Which = "best") -> Adopted:
     return _identify(into / FOLDER / str(step))
 
 
-def adopted(into: Path) -> Adopted | None:
-    """What ``into`` holds a sound copy of, whether or not that run is still there; None where it holds none."""
-    step, _ = _find_sound(into / FOLDER, "latest", set_aside=False)
-    return None if step is None else _identify(into / FOLDER / str(step))
+def find(run: Path, which: Which = "latest") -> Identity | None:
+    """The sound checkpoint that ``restore_params`` would read, be it the run's own or an adopted one; None where there
+    is none."""
+    step, _ = _find_sound(run / FOLDER, which, set_aside=False)
+    return None if step is None else _identify(run / FOLDER / str(step))
 
 
 def _adopt(run: Path, into: Path, which: Which) -> int:
@@ -281,9 +282,9 @@ def _copy(run: Path, step: int, into: Path) -> None:
         _remove(temporary)
 
 
-def _identify(folder: Path) -> Adopted:
+def _identify(folder: Path) -> Identity:
     manifest = read_manifest(folder)
-    return Adopted(manifest["step"], digest(manifest))
+    return Identity(manifest["step"], digest(manifest))
 
 
 # ----- leaves and their names -----

@@ -16,7 +16,7 @@ import pytest
 
 from dreamer4.errors import UserError
 from dreamer4.train import checkpoint
-from dreamer4.train.checkpoint import Checkpoints, adopt, adopted, restore_params
+from dreamer4.train.checkpoint import Checkpoints, adopt, find, restore_params
 
 
 @jax.tree_util.register_dataclass
@@ -357,7 +357,7 @@ def run(tmp_path):
 
 def test_an_adopted_checkpoint_outlives_its_run(tmp_path, run):
     into = tmp_path / "dynamics" / "tokenizer"
-    assert adopted(into) is None
+    assert find(into) is None
     expected, config = restore_params(run)
     copy = adopt(run, into)
     assert copy.step == 2
@@ -369,7 +369,7 @@ def test_an_adopted_checkpoint_outlives_its_run(tmp_path, run):
     assert (into / "config.json").read_text() == '{"seed": 2}'
     assert names(into) == {"checkpoints", "config.json"}
     assert names(into / "checkpoints") == {"2"}
-    assert adopted(into) == copy
+    assert find(into) == copy
     with pytest.raises(UserError, match="tokenizer: there is no such run"):
         adopt(run, into)
 
@@ -419,9 +419,9 @@ def test_a_damaged_copy_is_set_aside_and_made_again(tmp_path, run, damage):
     into = tmp_path / "copy"
     copy = adopt(run, into)
     damage(into / "checkpoints" / "2")
-    assert adopted(into) is None
+    assert find(into) is None
     assert adopt(run, into) == copy
-    assert adopted(into) == copy
+    assert find(into) == copy
     assert names(into / "checkpoints") == {"2", "2.damaged"}
 
 
@@ -446,7 +446,7 @@ def test_a_copy_that_fails_leaves_nothing_half(tmp_path, run, monkeypatch, fault
         patch.setattr(shutil, "copyfile", faulty)
         with pytest.raises(UserError, match=message):
             adopt(run, into)
-    assert adopted(into) is None
+    assert find(into) is None
     assert names(into) == {"checkpoints"}
     assert names(into / "checkpoints") == set()
     assert adopt(run, into).step == 2
@@ -464,7 +464,7 @@ def test_a_copy_killed_before_its_rename_is_not_there(tmp_path, run, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             adopt(run, into)
     assert names(into / "checkpoints") == {"tmp.2"}
-    assert adopted(into) is None
+    assert find(into) is None
     assert adopt(run, into, 3).step == 3
     assert names(into / "checkpoints") == {"3"}
 
