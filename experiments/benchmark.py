@@ -1,4 +1,4 @@
-"""How fast it is, as figures that compare: ``uv run experiments/benchmark.py tokenizer [FLAGS]``.
+"""How fast it is, as figures that compare: ``uv run experiments/benchmark.py tokenizer|dynamics|generate [FLAGS]``.
 
 Everything is measured in this one process, without the compilation cache: the time from the start of the script to the
 end of the first training step, the steady rate, and beside it what this machine's matrix product does.
@@ -9,52 +9,115 @@ import time
 STARTED = time.perf_counter()
 
 import dataclasses  # noqa: E402
+import functools  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator, Mapping  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
+import train_dynamics  # noqa: E402
+import train_tokenizer  # noqa: E402
 import tyro  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from train_tokenizer import PRESETS, make_objective, make_source  # noqa: E402
 
+from dreamer4.config import at_least  # noqa: E402
 from dreamer4.errors import UserError  # noqa: E402
-from dreamer4.models.tokenizer import tokenizer_flops  # noqa: E402
+from dreamer4.models.tokenizer import init_tokenizer, tokenizer_flops  # noqa: E402
+from dreamer4.objectives.shortcut_forcing import ShortcutForcing  # noqa: E402
+from dreamer4.rollout.generate import Generator  # noqa: E402
 from dreamer4.train.cli import main  # noqa: E402
-from dreamer4.train.fit import make_program  # noqa: E402
+from dreamer4.train.fit import Shape, Source, make_program  # noqa: E402
 from dreamer4.train.sharding import place_batch  # noqa: E402
+from dreamer4.train.state import Objective  # noqa: E402
 
 # isort: split
 import jax  # noqa: E402  (after dreamer4, which says how much XLA prints)
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+from jaxtyping import PyTree  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerBenchmark:
+class Benchmark:
+    """What all benchmarks take."""
+
+    rounds: int = 5
+    """Rounds, of which the fastest counts: the others were disturbed."""
+    json: Path | None = None
+    """File to write the figures to, as one object."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, *(f.name for f in dataclasses.fields(self) if f.type is int))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerBenchmark(Benchmark):
     """Training steps of the tokenizer."""
 
     preset: str = "reference"
     """Preset of train_tokenizer.py to measure."""
     steps: int = 10
     """Steps in a round, rounded up to whole turns through the preset's batch shapes."""
-    rounds: int = 5
-    """Rounds, of which the fastest counts: the others were disturbed."""
-    json: Path | None = None
-    """File to write the figures to, as one object."""
 
 
-def benchmark_tokenizer(options: TokenizerBenchmark) -> dict[str, float]:
-    """Rates of the training step, as the training loop runs it."""
-    if options.preset not in PRESETS:
-        raise UserError(f"preset: {options.preset!r} found; there are {', '.join(PRESETS)}")
-    config = PRESETS[options.preset][1]
-    source = make_source(config)
-    objective, weights = make_objective(config, source.spec)
+@dataclasses.dataclass(frozen=True)
+class DynamicsBenchmark(Benchmark):
+    """Training steps of the dynamics, each of which encodes its frames and bootstraps."""
+
+    preset: str = "reference"
+    """Preset of train_dynamics.py to measure, with an untrained tokenizer of its tokenizer's preset."""
+    steps: int = 10
+    """Steps in a round, rounded up to whole turns through the preset's batch shapes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateBenchmark(Benchmark):
+    """Frames dreamt by the reference dynamics, as latents, one stream at a time, with the cache and without."""
+
+    contexts: tuple[int, ...] = (32, 64, 128, 192)
+    """Frames that a new frame is told from."""
+    k: int = 4
+    """Denoising steps a frame."""
+    batch: int = 1
+    frames: int = 64
+    """Frames in a round with the cache; a round without it has two."""
+
+
+def benchmark_tokenizer(options: TokenizerBenchmark) -> dict[str, Any]:
+    """Rates of the tokenizer's training step, as the training loop runs it."""
+    config = _preset(train_tokenizer.PRESETS, options.preset)
+    source = train_tokenizer.make_source(config)
+    objective, weights = train_tokenizer.make_objective(config, source.spec)
+
+    def flops(shape: Shape) -> float:
+        return 3 * shape[0] * shape[1] * tokenizer_flops(objective.model, shape[1])
+
+    return benchmark_steps(options, config, objective, source, weights, flops)
+
+
+def benchmark_dynamics(options: DynamicsBenchmark) -> dict[str, Any]:
+    """Rates of the dynamics' training step, encoder and bootstrap included."""
+    config = _preset(train_dynamics.PRESETS, options.preset)
+    objective, source, weights = _untrained(config)
+    return benchmark_steps(
+        options, config, objective, source, weights, functools.partial(train_dynamics.step_flops, objective)
+    )
+
+
+def benchmark_steps(
+    options: TokenizerBenchmark | DynamicsBenchmark,
+    config: train_tokenizer.Config | train_dynamics.Config,
+    objective: Objective,
+    source: Source,
+    frozen: PyTree,
+    flops: Callable[[Shape], float],
+) -> dict[str, Any]:
+    """Rates of training steps; ``flops`` counts the operations of one on a batch of the shape (clips, frames)."""
     program = make_program(objective, source, config.train, config.optimizer)
     key, batches, shapes = jax.random.key(0), source.batches(0), itertools.cycle(source.shapes)
-    weights = jax.device_put(weights, NamedSharding(program.mesh, PartitionSpec()))
+    frozen = jax.device_put(frozen, NamedSharding(program.mesh, PartitionSpec()))
     state, waited = program.init(), 0.0
 
     def steps(count: int) -> None:
@@ -64,7 +127,7 @@ def benchmark_tokenizer(options: TokenizerBenchmark) -> dict[str, float]:
             start = time.perf_counter()
             sent = place_batch(next(batches), program.mesh)
             waited += time.perf_counter() - start
-            state, metrics = program.step(state, weights, sent, key, next(shapes))
+            state, metrics = program.step(state, frozen, sent, key, next(shapes))
         jax.block_until_ready(metrics)
 
     steps(1)
@@ -77,18 +140,72 @@ def benchmark_tokenizer(options: TokenizerBenchmark) -> dict[str, float]:
     seconds = min(_seconds(lambda: steps(count)) for _ in range(options.rounds)) / count
     total = time.perf_counter() - total
     frames = sum(clips * length for clips, length in source.shapes) / cycle
-    flops = 3 * sum(b * t * tokenizer_flops(objective.model, t) for b, t in source.shapes) / cycle
-    rate = matmul_rate(config.tokenizer.transformer.dtype)
+    work = sum(map(flops, source.shapes)) / cycle
+    transformer = (config.tokenizer if isinstance(config, train_tokenizer.Config) else config.dynamics).transformer
+    rate = matmul_rate(transformer.dtype)
     return {
         "frames_per_s": frames / seconds,
         "step_ms": seconds * 1e3,
-        "gflops_per_step": flops / 1e9,
+        "gflops_per_step": work / 1e9,
         "matmul_gflops_per_s": rate / 1e9,
-        "matmul_share": flops / seconds / rate,
+        "matmul_share": work / seconds / rate,
         "first_step_s": first_step,
         "compilations": program.step._cache_size(),  # type: ignore[attr-defined]
         "data_wait": waited / total,
     }
+
+
+def benchmark_generate(options: GenerateBenchmark) -> dict[str, Any]:
+    """Frames per second by mode and context."""
+    rates: dict[str, dict[str, float]] = {"cached": {}, "uncached": {}}
+    for context in options.contexts:
+        config = train_dynamics.REFERENCE
+        transformer = dataclasses.replace(config.dynamics.transformer, context=context)
+        dynamics = dataclasses.replace(config.dynamics, transformer=transformer)
+        objective, _, weights = _untrained(dataclasses.replace(config, dynamics=dynamics))
+        generator = Generator(objective.tokenizer, objective.model, options.k)
+        params = {"tokenizer": weights, "dynamics": jax.jit(objective.init)(jax.random.key(0))[0]}
+        rates["cached"][str(context)] = _cached_rate(generator, params, context, options)
+        rates["uncached"][str(context)] = _uncached_rate(generator, params, context, options)
+    return {"frames_per_s": rates}
+
+
+def _cached_rate(generator: Generator, params: PyTree, context: int, options: GenerateBenchmark) -> float:
+    rollout = jax.jit(generator.rollout_latents, donate_argnums=1)
+    actions = {"action": jnp.ones((options.batch, max(options.frames, context)), jnp.int32)}
+    state, _ = rollout(params, generator.blank(options.batch, jax.random.key(0)), actions)  # fills the ring
+    actions = {"action": actions["action"][:, : options.frames]}
+    state, _ = rollout(params, state, actions)
+
+    def run() -> None:
+        nonlocal state
+        state, latents = rollout(params, state, actions)
+        jax.block_until_ready(latents)
+
+    return options.batch * options.frames / min(_seconds(run) for _ in range(options.rounds))
+
+
+def _uncached_rate(generator: Generator, params: PyTree, context: int, options: GenerateBenchmark) -> float:
+    rollout, frames = jax.jit(generator.rollout_uncached), 2
+    model = generator.dynamics
+    past = jnp.zeros((options.batch, context - frames, model.config.spatial, model.channels))
+    actions = {"action": jnp.ones((options.batch, context), jnp.int32)}
+    run = functools.partial(rollout, params, past, actions, jax.random.key(0))
+    jax.block_until_ready(run())
+    return options.batch * frames / min(_seconds(lambda: jax.block_until_ready(run())) for _ in range(options.rounds))
+
+
+def _untrained(config: train_dynamics.Config) -> tuple[ShortcutForcing, Source, PyTree]:
+    """The objective, the data and the parameters of a tokenizer that has learned nothing."""
+    source, tokenizer = train_dynamics.make_source(config), train_dynamics.untrained_tokenizer(config)
+    objective = train_dynamics.make_objective(config, tokenizer, source.spec)
+    return objective, source, jax.jit(functools.partial(init_tokenizer, tokenizer))(jax.random.key(0))
+
+
+def _preset(presets: Mapping[str, tuple[str, Any]], name: str) -> Any:
+    if name not in presets:
+        raise UserError(f"preset: {name!r} found; there are {', '.join(presets)}")
+    return presets[name][1]
 
 
 def matmul_rate(dtype: str) -> float:
@@ -107,19 +224,35 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def report(figures: dict[str, float], path: Path | None) -> None:
+def report(figures: dict[str, Any], path: Path | None) -> None:
     """Prints ``figures`` as a table and writes them to ``path``."""
     table = Table("figure", "value")
-    for name, value in figures.items():
+    for name, value in _flat(figures):
         table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
     Console().print(table)
     if path is not None:
         path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
+def _flat(figures: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name} ")
+        else:
+            yield f"{above}{name}", value
+
+
+BENCHMARKS = {
+    "tokenizer": (TokenizerBenchmark, benchmark_tokenizer),
+    "dynamics": (DynamicsBenchmark, benchmark_dynamics),
+    "generate": (GenerateBenchmark, benchmark_generate),
+}
+
+
 def run() -> None:
-    options = tyro.extras.subcommand_cli_from_dict({"tokenizer": TokenizerBenchmark})
-    report(benchmark_tokenizer(options), options.json)
+    options = tyro.extras.subcommand_cli_from_dict({name: kind for name, (kind, _) in BENCHMARKS.items()})
+    measure = next(measure for kind, measure in BENCHMARKS.values() if kind is type(options))
+    report(measure(options), options.json)
 
 
 if __name__ == "__main__":

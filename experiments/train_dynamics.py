@@ -323,15 +323,16 @@ def load_dynamics(run: Path) -> TrainedDynamics:
     return TrainedDynamics(model, tokenizer.model, both, config, chosen.step if chosen else 0)
 
 
+def untrained_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of the configuration's tokenizer preset, for the frames that this is trained on."""
+    _, preset = train_tokenizer.PRESETS[config.tokenizer_preset]
+    return train_tokenizer.make_objective(preset, train_tokenizer.make_source(preset).spec)[0].model
+
+
 def dry_run(config: Config) -> None:
     """Prints what the run would take, without running it or a trained tokenizer."""
-    if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer).model
-    else:
-        _, preset = train_tokenizer.PRESETS[config.tokenizer_preset]
-        spec = train_tokenizer.make_source(preset).spec
-        tokenizer = train_tokenizer.make_objective(preset, spec)[0].model
     source = make_source(config)
+    tokenizer = load_tokenizer(config.tokenizer).model if config.tokenizer else untrained_tokenizer(config)
     check_frames(tokenizer, source.spec, config.tokenizer or Path(config.tokenizer_preset))
     objective = make_objective(config, tokenizer, source.spec)
     frozen = jax.eval_shape(functools.partial(init_tokenizer, tokenizer), jax.random.key(0))
