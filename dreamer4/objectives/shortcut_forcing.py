@@ -9,7 +9,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dreamer4.batch import Batch
@@ -20,7 +19,7 @@ from dreamer4.models.patches import to_float
 from dreamer4.models.tokenizer import Tokenizer, reconstruct
 from dreamer4.objectives.loss_scales import LossScales, init_scales, normalize
 from dreamer4.rollout.denoise import mix, velocity
-from dreamer4.rollout.evaluation import Horizon, pooled_psnr, score
+from dreamer4.rollout.evaluation import Horizon, film, pooled_psnr, score
 from dreamer4.rollout.generate import Generator, encode
 
 
@@ -209,18 +208,6 @@ class ShortcutForcing:
         actions = {name: a[:, :end] for name, a in clips.action.items()}
         dreamt = generator.dream(both, clips.video[:, :start], actions, key)
         return film(truth, dreamt)
-
-
-def film(truth: Float[Array, "n T H W C"], dreamt: Float[Array, "n h H W C"]) -> Float[Array, "T H W C"]:
-    """Clips in columns: truth, dream, difference. Where the dream has not begun it shows the truth, framed in grey."""
-    start = truth.shape[1] - dreamt.shape[1]
-    shown = jnp.concatenate([truth[:, :start], dreamt], axis=1)
-    rows = jnp.stack([truth, shown, jnp.clip(0.5 + (shown - truth), 0, 1)])
-    border = jnp.where(jnp.arange(truth.shape[1]) < start, 0.5, 1.0)[None, None, :, None, None, None]
-    pads = ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (0, 0))
-    inside = jnp.pad(jnp.ones_like(rows), pads)
-    rows = jnp.where(inside > 0, jnp.pad(rows, pads), border)
-    return rearrange(rows, "r n t h w c -> t (r h) (n w) c")
 
 
 def _mean(error: Float[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, ""]:

@@ -1,17 +1,19 @@
 """How good a dream is, how much of it is due to the actions, and between which floor and ceiling it lies.
 
 Held-out clips are continued from their first frames under their own actions, under those of another clip, and under
-random ones. Beside them stand the last real frame, repeated, and the tokenizer's reconstruction of the truth. The same
-function scores a model in training and in ``experiments/evaluate.py``, whatever kind of world model dreams.
+random ones, each time out of the same noise. Beside them stand the last real frame, repeated, and the tokenizer's
+reconstruction of the truth. The same function scores a model in training and in ``experiments/evaluate.py``, whatever
+kind of world model dreams.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped, UInt8
 
 from dreamer4.batch import Actions, Batch
 from dreamer4.errors import UserError
@@ -22,11 +24,12 @@ from dreamer4.models.patches import to_float
 Dream = Callable[[UInt8[Array, "B T H W C"], Actions, PRNGKeyArray], Float[Array, "B h H W C"]]
 """``(frames, actions, key)``: the h frames that follow T real ones, under T + h actions."""
 Reconstruct = Callable[[UInt8[Array, "B T H W C"]], Float[Array, "B T H W C"]]
-Distance = Callable[[Array, Array], Float[Array, " n"]]
+Distance = Callable[[Float[Array, "n H W C"], Float[Array, "n H W C"]], Float[Array, " n"]]
 
-VIDEOS = ("dream", "shuffled", "random", "copy", "reconstruction")
-"""What is scored: the dream under the true actions, another clip's and random ones; the last real frame repeated; the
-truth through the tokenizer."""
+DREAMS = ("dream", "shuffled", "random")
+"""What a dream is asked for: what follows the clip's own actions, another clip's, and random ones."""
+VIDEOS = (*DREAMS, "copy", "reconstruction")
+"""What is scored: dreams, the last real frame repeated, and the truth through the tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +44,22 @@ class Horizon:
             if value < 1:
                 raise UserError(f"{name}: {value} frames found, 1 or more expected")
 
+    @property
+    def end(self) -> int:
+        """Frames of a clip that holds both."""
+        return self.context + self.length
+
     def check(self, frames: int) -> None:
         """A ``UserError`` unless clips of ``frames`` hold the context and the horizon."""
-        if self.context + self.length > frames:
+        if self.end > frames:
             raise UserError(
-                f"context: {self.context} frames and a horizon of {self.length} take clips of"
-                f" {self.context + self.length} frames, the clips have {frames}"
+                f"context: {self.context} frames and a horizon of {self.length} take clips of {self.end} frames, the"
+                f" clips have {frames}"
             )
 
 
 Scores = dict[str, dict[str, Float[Array, " h"]]]
+"""By the name of a video and of a metric: its value at each step of the horizon."""
 
 
 def score(
@@ -64,61 +73,97 @@ def score(
     distance: Distance | None = None,
     group: int = 32,
 ) -> Scores:
-    """Of each of ``videos`` at each step of the horizon: ``mse`` (mean over the clips), ``ssim``, ``position`` (median
-    distance of the toy world's square from its true place, in pixels, where the clips tell it) and ``lpips`` where a
-    ``distance`` is given; and ``delta_psnr`` of ``random`` (Genie, Bruce et al. 2024: mean over the clips of the
-    dream's PSNR less that of the dream under random actions).
+    """Of each of ``videos`` at each step of the horizon: ``mse`` and ``ssim`` (means over the clips), ``position``
+    (median distance of the toy world's square from its true place, in pixels, where the clips tell it) and ``lpips``
+    (mean) where a ``distance`` is given. Where ``dream`` and ``random`` are both asked for, ``random`` has
+    ``delta_psnr`` (Genie, Bruce et al. 2024) too: the mean over the clips of the dream's PSNR less that of the dream
+    under random actions, in dB.
 
-    ``group`` clips are dreamt at once. Pure, to be jitted.
+    Actions are another's from the end of the context on; before it they are the clip's own. ``shuffled`` takes those of
+    the clip half the batch away, ``random`` any of all clips, drawn for each step. The dreams of a clip share their
+    noise, so that those of a model deaf to actions are the same. ``group`` clips are dreamt at once, which bounds the
+    memory and, noise apart, changes nothing. Pure, to be jitted.
+
+    Raises UserError where the clips are shorter than the horizon asks for, and where a lone clip has no other's actions
+    to take.
     """
     count, frames = clips.video.shape[:2]
     horizon.check(frames)
-    start, end = horizon.context, horizon.context + horizon.length
-    clips = jax.tree.map(lambda x: x[:, :end] if x.ndim > 1 else x, clips)
-    dreams = [name for name in VIDEOS[:3] if name in videos]
-    shuffle_key, dream_key = jax.random.split(key)
-    asked = [_actions(name, clips.action, start, shuffle_key) for name in dreams]
+    if count < 2 and "shuffled" in videos:
+        raise UserError(f"clips: {count} found, 2 or more expected, since each is dreamt under another's actions too")
+    start, end = horizon.context, horizon.end
+    names = [name for name in VIDEOS if name in videos]
+    action_key, dream_key = jax.random.split(key)
+    own: Actions = {component: jnp.asarray(a)[:, :end] for component, a in clips.action.items()}
+    asked = [_actions(name, own, start, action_key) for name in names if name in DREAMS]
     groups = -(-count // group)
     size = -(-count // groups)
+    # The last group is filled up with clips that were there already, and cut off again below.
+    rows = jnp.arange(groups * size).reshape(groups, size) % count
 
-    def grouped(x: Array) -> Array:
-        # The last group is filled up with clips that were there already, and cut off again below.
-        return rearrange(
-            jnp.take(jnp.asarray(x), jnp.arange(groups * size) % count, axis=0), "(g n) ... -> g n ...", n=size
-        )
+    def run(piece: tuple) -> dict[str, Float[Array, "v n h"]]:
+        row, key = piece
+        video, truth = (jnp.asarray(clips.video)[row, first:end] for first in (0, start))
+        truth = to_float(truth)
+        state = {name: jnp.asarray(x)[row, start:end] for name, x in clips.state.items()}
+        actions = jax.tree.map(lambda *a: jnp.stack([x[row] for x in a]), *asked)
+        # One after the other in a loop: the code of a dream, and that of the scores, is compiled once.
+        shown = [jax.lax.map(lambda a: dream(video[:, :start], a, key), actions)]
+        if "copy" in names:
+            shown.append(jnp.broadcast_to(to_float(video[:, start - 1 : start]), truth.shape)[None])
+        if "reconstruction" in names:
+            shown.append(reconstruct(video)[None, :, start:])
+        return jax.lax.map(lambda x: _scores(jnp.clip(x, 0, 1), truth, state, distance), jnp.concatenate(shown))
 
-    def run(piece: tuple) -> dict[str, dict[str, Array]]:
-        video, actions, state, key = piece
-        truth = to_float(video[:, start:])
-        many = {name: jnp.concatenate([a[name] for a in actions]) for name in actions[0]}
-        dreamt = dream(repeat(video[:, :start], "n ... -> (v n) ...", v=len(dreams)), many, key)
-        shown = dict(zip(dreams, jnp.split(dreamt, len(dreams)), strict=True))
-        if "copy" in videos:
-            shown["copy"] = jnp.broadcast_to(to_float(video[:, start - 1 : start]), truth.shape)
-        if "reconstruction" in videos:
-            shown["reconstruction"] = reconstruct(video)[:, start:]
-        return {name: _scores(jnp.clip(x, 0, 1), truth, state, distance) for name, x in shown.items()}
-
-    state = {name: x[:, start:] for name, x in clips.state.items()}
-    pieces = jax.tree.map(grouped, (clips.video, asked, state))
-    per_clip = jax.lax.map(run, (*pieces, jax.random.split(dream_key, groups)))
-    per_clip = jax.tree.map(lambda x: rearrange(x, "g n h -> (g n) h")[:count], per_clip)
+    found = jax.lax.map(run, (rows, jax.random.split(dream_key, groups)))
+    found = {metric: rearrange(x, "g v n h -> v (g n) h")[:, :count] for metric, x in found.items()}
     scores: Scores = {
-        name: {metric: _summary(metric)(x, axis=0) for metric, x in metrics.items()}
-        for name, metrics in per_clip.items()
+        name: {metric: _summary(metric)(x[i], axis=0) for metric, x in found.items()} for i, name in enumerate(names)
     }
-    if "random" in scores:
-        delta = mse_to_psnr(per_clip["dream"]["mse"]) - mse_to_psnr(per_clip["random"]["mse"])
-        scores["random"]["delta_psnr"] = delta.mean(0)
+    if "dream" in names and "random" in names:
+        psnr = mse_to_psnr(found["mse"])
+        scores["random"]["delta_psnr"] = jnp.mean(psnr[names.index("dream")] - psnr[names.index("random")], axis=0)
     return scores
 
 
-def pooled_psnr(scores: dict[str, Float[Array, " h"]]) -> Float[Array, ""]:
+def pooled_psnr(scores: Mapping[str, Float[Array | np.ndarray, " h"]]) -> Float[Array, ""]:
     """PSNR in dB of the mean squared error over all clips and all steps."""
     return mse_to_psnr(jnp.mean(scores["mse"]))
 
 
-def _scores(video: Array, truth: Array, state: dict[str, Array], distance: Distance | None) -> dict[str, Array]:
+def film(truth: Float[Array, "n T H W C"], dreamt: Float[Array, "n h H W C"]) -> Float[Array, "T rows columns C"]:
+    """Clips in columns: truth, dream, difference. Where the dream has not begun it shows the truth, framed in grey."""
+    start = truth.shape[1] - dreamt.shape[1]
+    shown = jnp.concatenate([truth[:, :start], dreamt], axis=1)
+    rows = jnp.stack([truth, shown, jnp.clip(0.5 + (shown - truth), 0, 1)])
+    border = jnp.where(jnp.arange(truth.shape[1]) < start, 0.5, 1.0)[None, None, :, None, None, None]
+    pads = ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (0, 0))
+    inside = jnp.pad(jnp.ones_like(rows), pads)
+    rows = jnp.where(inside > 0, jnp.pad(rows, pads), border)
+    return rearrange(rows, "r n t h w c -> t (r h) (n w) c")
+
+
+def _actions(name: str, own: Actions, start: int, key: PRNGKeyArray) -> Actions:
+    """What the dream of this name is asked for: from ``start`` on, the action of some clip at some step."""
+    count, end = next(iter(own.values())).shape[:2]
+    clip, step = jnp.indices((count, end))
+    source, moment = clip, step
+    if name == "shuffled":  # from far away: neighbours may be overlapping windows of an episode
+        source = (clip + count // 2) % count
+    elif name == "random":
+        clip_key, step_key = jax.random.split(key)
+        source = jax.random.randint(clip_key, clip.shape, 0, count)
+        moment = jax.random.randint(step_key, step.shape, start, end)
+    source, moment = jnp.where(step < start, clip, source), jnp.where(step < start, step, moment)
+    return {component: a[source, moment] for component, a in own.items()}
+
+
+def _scores(
+    video: Float[Array, "n h H W C"],
+    truth: Float[Array, "n h H W C"],
+    state: dict[str, Shaped[Array, "n h ..."]],
+    distance: Distance | None,
+) -> dict[str, Float[Array, "n h"]]:
     scores = {"mse": l2(video, truth), "ssim": ssim(video, truth)}
     if {"position", "side", "color", "background"} <= state.keys():
         scores["position"] = position_error(
@@ -133,18 +178,3 @@ def _scores(video: Array, truth: Array, state: dict[str, Array], distance: Dista
 def _summary(metric: str) -> Callable[..., Array]:
     # Where a square can hardly be told from the background, its place is anyone's guess: no mean survives that.
     return jnp.median if metric == "position" else jnp.mean
-
-
-def _actions(name: str, actions: Actions, start: int, key: PRNGKeyArray) -> Actions:
-    """The actions from ``start`` on as they are, those of the next clip, or any of all, drawn for each step."""
-    known = {n: jnp.asarray(a) for n, a in actions.items()}
-    if name == "dream":
-        return known
-    if name == "shuffled":
-        other = {n: jnp.roll(a, 1, axis=0) for n, a in known.items()}
-    else:
-        count, length = next(iter(known.values()))[:, start:].shape[:2]
-        drawn = jax.random.randint(key, (count, length), 0, count * length)
-        other = {n: a[:, start:].reshape(-1, *a.shape[2:])[drawn] for n, a in known.items()}
-        other = {n: jnp.concatenate([known[n][:, :start], a], axis=1) for n, a in other.items()}
-    return {n: jnp.concatenate([known[n][:, :start], other[n][:, start:]], axis=1) for n in known}
