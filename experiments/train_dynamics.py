@@ -119,6 +119,7 @@ DEBUG = dataclasses.replace(
         spatial=2,
         registers=1,
         k_max=4,
+        context_noise=0.25,
         transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2, context=6),
     ),
     forcing=ForcingConfig(),

@@ -4,18 +4,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_benchmark_reports_one_compilation_for_each_shape_of_batch(tmp_path):
-    command = [sys.executable, "experiments/benchmark.py", "tokenizer", "--preset", "debug", "--steps", "2"]
-    command += ["--rounds", "1", "--json", str(tmp_path / "figures.json")]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+def benchmark(folder, *arguments):
+    """What ``benchmark.py`` prints, and the figures that it writes."""
+    command = [sys.executable, "experiments/benchmark.py", *arguments, "--json", str(folder / "figures.json")]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder)}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["compilations"] == 1
+    return ended.stdout, json.loads((folder / "figures.json").read_text())
+
+
+@pytest.mark.parametrize(("model", "shapes"), [("tokenizer", 1), ("dynamics", 2)])
+def test_the_benchmark_reports_one_compilation_for_each_shape_of_batch(tmp_path, model, shapes):
+    printed, figures = benchmark(tmp_path, model, "--preset", "debug", "--steps", "2", "--rounds", "1")
+    assert figures["compilations"] == shapes
     assert 0 <= figures["data_wait"] < 1
     for name in ("frames_per_s", "matmul_share", "first_step_s"):
         assert figures[name] > 0
-        assert name in ended.stdout
+        assert name in printed
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_dreams_reports_each_context_with_and_without_the_cache(tmp_path):
+    arguments = ("--contexts", "4", "8", "--k", "1", "--frames", "4", "--rounds", "1")
+    _, figures = benchmark(tmp_path, "generate", *arguments)
+    assert figures["frames_per_s"].keys() == {"cached", "uncached"}
+    for rates in figures["frames_per_s"].values():
+        assert rates.keys() == {"4", "8"}
+        assert min(rates.values()) > 0

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
@@ -101,12 +102,12 @@ class KVCache:
     """Keys and values of the last W frames, a ring: frame f lies in slot f mod W, rotated by its absolute index.
 
     The leading axis runs over the time layers of a transformer. ``frame`` counts the frames seen so far, that is the
-    absolute index of the next one.
+    absolute index of the next one. Caches may be stacked (``many``), to be mapped over, and kept as NumPy arrays.
     """
 
-    key: Float[Array, "layer B S Hkv W K"]
-    value: Float[Array, "layer B S Hkv W K"]
-    frame: Int[Array, ""]
+    key: Float[Array | np.ndarray, "*many layer B S Hkv W K"]
+    value: Float[Array | np.ndarray, "*many layer B S Hkv W K"]
+    frame: Int[Array | np.ndarray, "*many"]
 
 
 def ring_frames(frame: Int[Array, ""], slots: int) -> Int[Array, " W"]:

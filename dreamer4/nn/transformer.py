@@ -36,8 +36,6 @@ class TransformerConfig:
     mlp_ratio: float = 4.0
     time_every: int = 4
     """Every so-manieth layer attends over time, the others over space."""
-    time_place: int = 1
-    """Which layer of ``time_every`` that is, from 0 (docs/decisions/0005)."""
     context: int = 192
     """Frames that attention over time reaches back to, the present one included. The longest training clips should fill
     it: ages that were never trained do harm (docs/log.md)."""
@@ -58,8 +56,6 @@ class TransformerConfig:
             )
         if self.heads % (self.kv_heads or self.heads):
             raise UserError(f"kv_heads: {self.kv_heads} must divide the number of heads, {self.heads}")
-        if not 0 <= self.time_place < max(self.time_every, 2):
-            raise UserError(f"time_place: {self.time_place} found, 0 to {self.time_every - 1} expected")
         if self.depth % self.time_every:
             raise UserError(f"depth: {self.depth} layers must be a multiple of time_every, {self.time_every}")
         if self.kernel == "fused" and self.soft_cap is not None:
@@ -229,9 +225,9 @@ def _mlp(config: TransformerConfig, x: Float[Array, "B T S D"]) -> Float[Array, 
 
 
 class SuperBlock(nn.Module):
-    """``time_every`` layers, of which ``time_place`` (the second) attends over time and the others over space.
+    """``time_every`` layers, of which the second attends over time and the others over space.
 
-    By default neither the last, since nothing in a decoder reads the latents after it; nor the first, since the latents
+    Neither the last, since nothing in a decoder reads the latents after it; nor the first, since the latents
     of an encoder know nothing before it (docs/decisions/0005).
     """
 
@@ -245,7 +241,7 @@ class SuperBlock(nn.Module):
         if self.config.remat:
             space, time = nn.remat(SpaceLayer, prevent_cse=False), nn.remat(TimeLayer, prevent_cse=False)
         for i in range(self.config.time_every):
-            if i == min(self.config.time_place, self.config.time_every - 1):
+            if i == min(1, self.config.time_every - 1):
                 x, new = time(self.config, self.layout, name="time")(x, ring, sight)
             else:
                 x = space(self.config, self.layout, name=f"space_{i}")(x)
@@ -299,8 +295,9 @@ def empty_cache(config: TransformerConfig, layout: Layout, batch: int) -> KVCach
     """A cache that has seen nothing, for ``batch`` streams of video."""
     kv_heads = config.kv_heads or config.heads
     shape = (config.superblocks, batch, layout.temporal, kv_heads, config.context, config.head_width)
-    zeros = jnp.zeros(shape, config.dtype)
-    return KVCache(key=zeros, value=zeros, frame=jnp.zeros((), jnp.int32))
+    # Two arrays, since a rollout may donate both.
+    key, value = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+    return KVCache(key=key, value=value, frame=jnp.zeros((), jnp.int32))
 
 
 def aligned_start(params: dict) -> dict:
@@ -324,8 +321,10 @@ def aligned_start(params: dict) -> dict:
 def look_back(config: TransformerConfig, params: dict) -> dict:
     """The same parameters with the keys of every time layer those of its queries, one step ahead.
 
-    A token then starts by looking at itself one step before. As ``aligned_start`` it wants as many key heads as heads.
+    A token then starts by looking at itself one step before; grouped heads are left as they are.
     """
+    if (config.kv_heads or config.heads) != config.heads:
+        return params
     angles = time_angles(jnp.ones((1,), jnp.int32), config.head_width)
     time = params["blocks"]["time"]
     query = time["attention"]["query"]["kernel"]

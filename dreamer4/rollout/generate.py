@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt8
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree, Shaped, UInt8
 
 from dreamer4.batch import Actions
 from dreamer4.models.dynamics import Dynamics
@@ -26,13 +27,14 @@ Action = dict[str, Shaped[Array, "B ..."]]
 class DreamState:
     """All that a dream's future depends on: B streams as one pytree, to be stored, copied, branched or mapped over.
 
-    ``latents`` is z1 of the last frame, clean.
+    ``latents`` is z1 of the last frame, clean. States may be stacked (``many``), and kept as NumPy arrays (but the key,
+    of which ``jax.random.key_data`` is).
     """
 
     cache: KVCache
     decoder: KVCache
-    latents: Float[Array, "B Sz Dz"]
-    key: PRNGKeyArray
+    latents: Float[Array | np.ndarray, "*many B Sz Dz"]
+    key: Key[Array, "*many"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,5 +210,5 @@ def _around(frame: int) -> tuple[slice, slice]:
     return slice(None, frame), slice(frame, None)
 
 
-def _time_first(actions: Actions) -> Actions:
+def _time_first(actions: Actions) -> dict[str, Shaped[Array, "T B ..."]]:
     return jax.tree.map(lambda a: jnp.moveaxis(jnp.asarray(a), 1, 0), actions)
