@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import train_tokenizer
 import tyro
 
-from dreamer4.batch import ActionSpace, Batch, BatchSpec
+from dreamer4.batch import ActionComponent, Batch, BatchSpec
 from dreamer4.config import at_least, from_json, to_json
 from dreamer4.data.latents import LatentSource, encode_corpus
 from dreamer4.data.loader import StoreSource
@@ -317,7 +317,7 @@ def load_dynamics(run: Path) -> TrainedDynamics:
         raise UserError(f"{run}: no run of train_dynamics.py, its configuration has no dynamics")
     tokenizer = load_tokenizer(run / "tokenizer")
     dynamics = from_json(DynamicsConfig, config["dynamics"], f"{run}: dynamics")
-    actions = from_json(ActionSpace, config["actions"], f"{run}: actions")
+    actions = tuple(from_json(ActionComponent, a, f"{run}: actions") for a in config["actions"])
     model = Dynamics(dynamics, actions, tokenizer.model.config.latents, tokenizer.model.config.bottleneck)
     chosen = find(run, "best")
     both = {"tokenizer": tokenizer.params, "dynamics": params}
