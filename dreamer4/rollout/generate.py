@@ -20,6 +20,8 @@ from dreamer4.nn.attention import KVCache
 from dreamer4.rollout.denoise import check_steps, denoise, mix
 
 Action = dict[str, Shaped[Array, "B ..."]]
+# Of the frames that there are and of those to come.
+LongActions = dict[str, Shaped[Array | np.ndarray, "B all ..."]]
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +81,7 @@ class Generator:
         return state, jnp.moveaxis(frames, 0, 1)
 
     def dream(
-        self, params: PyTree, frames: UInt8[Array, "B T H W C"], actions: Actions, key: PRNGKeyArray
+        self, params: PyTree, frames: UInt8[Array, "B T H W C"], actions: LongActions, key: PRNGKeyArray
     ) -> Float[Array, "B h H W C"]:
         """The h frames that follow T real ones, under T + h actions."""
         past, future = ({name: a[:, part] for name, a in actions.items()} for part in _around(frames.shape[1]))
@@ -99,7 +101,7 @@ class Generator:
         return state, jnp.moveaxis(latents, 0, 1)
 
     def rollout_uncached(
-        self, params: PyTree, z1: Float[Array, "B T Sz Dz"], actions: Actions, key: PRNGKeyArray
+        self, params: PyTree, z1: Float[Array, "B T Sz Dz"], actions: LongActions, key: PRNGKeyArray
     ) -> Float[Array, "B h Sz Dz"]:
         """The plain definition that ``rollout_latents`` agrees with: z1 of the h frames that follow T given ones under
         T + h actions, with the whole clip through the model at every step, and the same noise."""
