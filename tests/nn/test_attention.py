@@ -67,6 +67,37 @@ def test_the_fused_kernel_gives_the_numbers_of_the_plain_one():
     np.testing.assert_allclose(fused.astype(jnp.float32), plain.astype(jnp.float32), atol=0.03)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attending_over_a_past_is_attending_over_all_keys(kv_heads):
+    query, key, value = normal(0, 3, 2, 4, 8), normal(1, 3, 7, kv_heads, 8), normal(2, 3, 7, kv_heads, 8)
+    mask = np.random.default_rng(3).random((2, 7)) < 0.6
+    mask[:, 5] = True
+    past, now = slice(0, 5), slice(5, 7)
+    ring = *(jnp.swapaxes(x[:, past], 1, 2) for x in (key, value)), jnp.asarray(mask[:, past])
+    for cap in (None, 1.5):
+        expected = fast_attend(query, key, value, jnp.asarray(mask), soft_cap=cap)
+        found = fast_attend(query, key[:, now], value[:, now], jnp.asarray(mask[:, now]), past=ring, soft_cap=cap)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_what_a_past_hides_is_not_read():
+    query, key = normal(0, 1, 2, 2, 4), normal(1, 1, 2, 2, 4)
+    mask, hidden = jnp.ones((2, 2), bool), jnp.zeros((2, 3), bool)
+    old = jnp.full((1, 2, 3, 4), 1e3)  # an empty ring holds whatever it holds
+    found = fast_attend(query, key, key, mask, past=(old, old, hidden))
+    np.testing.assert_allclose(found, fast_attend(query, key, key, mask), atol=1e-6)
+
+
+def test_each_clip_may_have_a_mask_of_its_own():
+    query, key, value = normal(0, 3, 4, 2, 8), normal(1, 3, 5, 2, 8), normal(2, 3, 5, 2, 8)
+    masks = np.random.default_rng(3).random((3, 4, 5)) < 0.5
+    masks[:, :, 0] = True
+    found = fast_attend(query, key, value, jnp.asarray(masks))
+    for b in range(3):
+        one = (x[b : b + 1] for x in (query, key, value))
+        np.testing.assert_allclose(found[b], fast_attend(*one, jnp.asarray(masks[b]))[0], atol=1e-6)
+
+
 def test_fused_kernel_refuses_a_soft_cap():
     x = jnp.ones((1, 2, 1, 4))
     with pytest.raises(ValueError, match="soft cap"):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from dreamer4.errors import UserError
+from dreamer4.nn.rotary import time_angles
 from dreamer4.nn.transformer import (
+    Attention,
     Layout,
     Modality,
     SuperBlock,
@@ -15,6 +17,7 @@ from dreamer4.nn.transformer import (
     TransformerConfig,
     aligned_start,
     empty_cache,
+    look_back,
     make_sight,
     parameter_count,
     transformer_flops,
@@ -51,8 +54,8 @@ def build(config=CONFIG, layout=LAYOUT):
     return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def apply(model, params, x, cache=None):
-    return model.apply({"params": params}, x, cache)
+def apply(model, params, x, cache=None, starts=None):
+    return model.apply({"params": params}, x, cache, starts)
 
 
 run = jit(apply, static_argnums=0)
@@ -205,6 +208,52 @@ def test_aligned_start_attends_by_likeness():
         np.testing.assert_array_equal(2 * out, jnp.swapaxes(value, 1, 2))
     grouped = build(dataclasses.replace(CONFIG, kv_heads=1))[1]
     jax.tree.map(np.testing.assert_array_equal, aligned_start(grouped), grouped)
+
+
+def test_no_frame_sees_past_the_start_of_its_clip():
+    model, params = build()
+    x, cuts = tokens(), ((2, 5), (4,))
+    starts = np.zeros(x.shape[:2], bool)
+    for b, cut in enumerate(cuts):
+        starts[b, list(cut)] = True
+    found, _ = run(model, params, x, None, jnp.asarray(starts))
+    for b, cut in enumerate(cuts):
+        for start, end in zip((0, *cut), (*cut, 7), strict=True):
+            # A clip's first frames do not see what follows them, so they may be padded to one length.
+            part = jnp.pad(x[b : b + 1, start:end], ((0, 0), (0, 4 - (end - start)), (0, 0), (0, 0)))
+            np.testing.assert_allclose(found[b, start:end], run(model, params, part)[0][0, : end - start], atol=1e-5)
+    assert np.abs(found - run(model, params, x)[0])[starts].max() > 1e-2
+
+
+def test_frames_after_a_cache_cannot_start_anew():
+    model, params = build()
+    with pytest.raises(ValueError, match="starts: frames that follow a cache"):
+        apply(model, params, tokens(), empty_cache(CONFIG, LAYOUT, 2), jnp.ones((2, 7), bool))
+
+
+def test_who_sees_whom_after_a_cache():
+    cache = dataclasses.replace(empty_cache(CONFIG, LAYOUT, 1), frame=jnp.asarray(4))
+    sight = make_sight(CONFIG, 2, cache)  # frames 4 and 5; the ring of 3 holds frames 3, 1 and 2 in its slots
+    np.testing.assert_array_equal(sight.past[0], [[True, False, True], [True, False, False]])
+    np.testing.assert_array_equal(sight.now[0], [[True, False], [True, True]])
+
+
+def test_looking_back_starts_at_the_step_before():
+    time, config = 6, dataclasses.replace(TIME_LAYER, context=6)
+    params = look_back(config, build(config)[1])["blocks"]["time"]["attention"]
+    attention = Attention(config)
+    x = jnp.broadcast_to(tokens(3, 1)[:, :, 0], (3, time, WIDTH))  # tokens that stay as they are, and their place alone
+    angles = time_angles(jnp.arange(time), config.head_width)
+    first = {"params": jax.tree.map(lambda p: p[0], params)}
+    query, key, _ = attention.apply(first, x, angles, method=Attention.project)
+    logits = jnp.where(np.tri(time, dtype=bool), jnp.einsum("bqhk,blhk->bhql", query, key), -jnp.inf)
+    assert (logits.argmax(-1)[:, :, 1:] == np.arange(time - 1)).all()
+
+
+def test_grouped_heads_do_not_look_back():
+    config = dataclasses.replace(CONFIG, kv_heads=1)
+    params = build(config)[1]
+    jax.tree.map(np.testing.assert_array_equal, look_back(config, params), params)
 
 
 def test_counts_match_the_parameters():
