@@ -7,6 +7,7 @@ was trained on), and in ``samples/`` pictures in which each column is a clip: th
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +25,7 @@ from dreamer4.models.dynamics import Dynamics, DynamicsConfig, dynamics_flops
 from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, init_tokenizer, tokenizer_flops
 from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_bytes
 from dreamer4.objectives.shortcut_forcing import ForcingConfig, ShortcutForcing
+from dreamer4.rollout.denoise import check_steps
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.rollout.generate import encode
 from dreamer4.train.checkpoint import adopt, find, restore_params
@@ -72,6 +74,8 @@ class Config:
         at_least(0, self, "corpus")
         if self.latent_deviation is not None and self.latent_deviation <= 0:
             raise UserError(f"latent_deviation: {self.latent_deviation} found, a number above 0 expected")
+        check_steps(self.k, self.dynamics.k_max)
+        self.horizon.check(self.train.eval_length)
 
 
 TOY = Config(
@@ -228,7 +232,11 @@ class FrozenTokenizer:
 
 def load_tokenizer(run: Path) -> FrozenTokenizer:
     """The best checkpoint of a tokenizer's run."""
+    if not run.is_dir():
+        raise UserError(f"tokenizer: there is no {run}; train one with uv run experiments/train_tokenizer.py")
     params, config = restore_params(run)
+    if "dynamics" in config:
+        raise UserError(f"{run}: no run of train_tokenizer.py, its configuration is that of a dynamics")
     for name in ("tokenizer", "frame"):
         if name not in config:
             raise UserError(f"{run}: no run of train_tokenizer.py, its configuration has no {name}")
@@ -285,7 +293,6 @@ def make_objective(config: Config, tokenizer: Tokenizer, spec: BatchSpec) -> Sho
     """The objective on the latents of ``tokenizer`` under the data's actions."""
     model = Dynamics(config.dynamics, spec.actions, tokenizer.config.latents, tokenizer.config.bottleneck)
     model.channels  # noqa: B018 (latents that cannot be packed say so here, before anything starts)
-    config.horizon.check(config.train.eval_length)
     return ShortcutForcing(model, tokenizer, config.forcing, config.train.steps, config.k, config.horizon)
 
 
@@ -327,6 +334,7 @@ def load_dynamics(run: Path) -> TrainedDynamics:
 def untrained_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of the configuration's tokenizer preset, for the frames that this is trained on."""
     _, preset = train_tokenizer.PRESETS[config.tokenizer_preset]
+    preset = dataclasses.replace(preset, data=config.data)
     return train_tokenizer.make_objective(preset, train_tokenizer.make_source(preset).spec)[0].model
 
 
@@ -352,7 +360,7 @@ def step_flops(objective: ShortcutForcing, shape: tuple[int, int]) -> float:
     more forward passes of the clips that bootstrap, and the encoder, which is half of the tokenizer."""
     clips, frames = shape
     forward = dynamics_flops(objective.model, frames)
-    rows = round(objective.config.bootstrap_share * clips)
+    rows = math.ceil(objective.config.bootstrap_share * clips)
     return frames * (forward * (3 * clips + 2 * rows) + clips * tokenizer_flops(objective.tokenizer, frames) / 2)
 
 

@@ -52,11 +52,19 @@ class DynamicsConfig:
     latent_mean: float = 0.0
     latent_scale: float = 1.0
     """What the dynamics calls z1 is ``(latents - latent_mean) * latent_scale``."""
+    latent_deviation: float | None = None
+    """Standard deviation of z1 where it is known: the network then sees every signal level at unit variance, so that z1
+    may be small beside the noise."""
     transformer: TransformerConfig = TransformerConfig()
 
     def __post_init__(self) -> None:
         at_least(1, self, "spatial", "k_max")
         at_least(0, self, "registers", "agents", "context_noise")
+        if self.context_noise > 1:
+            raise UserError(f"context_noise: {self.context_noise} found, 1 or less expected")
+        if self.latent_scale <= 0 or (self.latent_deviation or 1) <= 0:
+            found = f"{self.latent_scale} and {self.latent_deviation}"
+            raise UserError(f"latent_scale and latent_deviation: {found} found, numbers above 0 expected")
         if self.k_max & (self.k_max - 1):
             raise UserError(f"k_max: {self.k_max} found, a power of two expected")
 
@@ -140,7 +148,9 @@ class Dynamics(nn.Module):
         size = (*noised.shape[:2], -1, c.transformer.d_model)
         acted = self.embed_action(action, labelled)[:, :, None]
         noise = jnp.concatenate([self.signal_table[signal], self.step_table[step]], axis=-1)[:, :, None]
-        spatial = self.embed(noised.astype(dtype)).astype(jnp.float32)
+        tau = (signal / c.k_max)[..., None, None]
+        seen = 1.0 if c.latent_deviation is None else jnp.hypot(1 - tau, tau * c.latent_deviation)
+        spatial = self.embed((noised / seen).astype(dtype)).astype(jnp.float32)
         if c.actions_to_spatial:
             spatial = spatial + acted
         tokens = [acted, noise, spatial, jnp.zeros((*size[:2], c.registers, size[3]))]
@@ -148,7 +158,7 @@ class Dynamics(nn.Module):
             tokens.append(jnp.zeros((*size[:2], c.agents, size[3])) if agent is None else agent)
         x = (jnp.concatenate(tokens, axis=2) + self.places).astype(dtype)
         x, cache = self.transformer(x, cache, starts)
-        z1_hat = self.to_latents(x[:, :, 2 : 2 + c.spatial]).astype(jnp.float32)
+        z1_hat = self.to_latents(x[:, :, 2 : 2 + c.spatial]).astype(jnp.float32) * (c.latent_deviation or 1.0)
         return z1_hat, x[:, :, x.shape[2] - c.agents :].astype(jnp.float32), cache
 
     def embed_action(self, action: Actions, labelled: Bool[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -6,6 +6,7 @@ x-space and weigh more towards the data.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,11 @@ class ForcingConfig:
     """How signal levels and step sizes are drawn. The defaults are the paper's."""
 
     bootstrap_share: float = 0.25
-    """Share of a batch's clips whose frames draw any step size; the others learn the finest."""
+    """Share of a batch's clips, rounded up, whose frames draw any step size; the others learn the finest."""
     bootstrap_start: float = 0.0
     """Share of the run after which coarser steps are learned: two half steps teach little before one is known."""
+    bootstrap_every: int = 1
+    """Coarser steps are learned in every so-manieth step of the run: few clips at a time cost more than their share."""
     single_images: float = 0.3
     """Share of clips whose frames see no other frame and no action, so that a dream can start from nothing."""
     ramp_floor: float = 0.1
@@ -39,10 +42,12 @@ class ForcingConfig:
     """Share of frames that are all noise, beyond those that a uniform draw makes so."""
     at_context: float = 0.0
     """Share of frames at the signal level that a dream's past has, likewise."""
+    every_other: float = 0.0
 
     def __post_init__(self) -> None:
-        names = [field.name for field in dataclasses.fields(self)]
+        names = [field.name for field in dataclasses.fields(self) if field.type is float]
         at_least(0, self, *names)
+        at_least(1, self, "bootstrap_every")
         for name in names:
             if getattr(self, name) > 1:
                 raise UserError(f"forcing.{name}: {getattr(self, name)} found, 1 or less expected")
@@ -63,8 +68,7 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class ShortcutForcing:
-    """``w(tau) || z1_hat - target ||^2`` with the ramp ``w``, the mean of it over the frames of each kind (flow,
-    bootstrap) over a running root mean square, and both weighted by their share of the frames.
+    """``w(tau) || z1_hat - target ||^2`` with the ramp ``w``, its mean over all frames over a running root mean square.
 
     ``frozen`` holds the tokenizer's parameters. ``steps`` is the length of the run. Evaluation dreams in ``k`` steps.
     """
@@ -86,7 +90,7 @@ class ShortcutForcing:
             )
 
     def init(self, key: Array) -> tuple[PyTree, LossScales]:
-        return init_dynamics(self.model, key), init_scales(("flow", "bootstrap"))
+        return init_dynamics(self.model, key), init_scales(("forcing",))
 
     def loss(
         self, params: PyTree, carry: LossScales, frozen: PyTree, batch: Batch, key: Array, step: Int[Array, ""]
@@ -94,8 +98,8 @@ class ShortcutForcing:
         """The scalar, and the mean squared errors ``flow`` and ``bootstrap``, ramp included, as they are."""
         z1 = self.model.pack(encode(self.tokenizer, frozen, batch.video) if batch.latents is None else batch.latents)
         clips = len(z1)
-        rows = min(round(self.config.bootstrap_share * clips), clips)
-        started = step >= self.config.bootstrap_start * self.steps
+        rows = math.ceil(self.config.bootstrap_share * clips)
+        started = (step >= self.config.bootstrap_start * self.steps) & (step % self.config.bootstrap_every == 0)
         draw = self.draw(key, z1.shape, rows, started)
         k_max, finest = self.model.config.k_max, self.model.config.step_sizes - 1
         tau = (draw.signal / k_max)[..., None, None]
@@ -126,13 +130,13 @@ class ShortcutForcing:
             target = jnp.concatenate([jnp.where(coarse[first][..., None, None], halved, z1[first]), z1[rows:]])
         z1_hat = predict(params, noised, draw.signal, draw.step, slice(None))
         weight = self.config.ramp_floor + (1 - self.config.ramp_floor) * draw.signal / k_max
-        # At tau = 1 the answer is given.
-        error = weight * jnp.square(z1_hat - jax.lax.stop_gradient(target)).mean((2, 3)) * (draw.signal < k_max)
-        terms = {"flow": _mean(error, ~coarse), "bootstrap": _mean(error, coarse)}
-        scaled, carry = normalize(terms, carry, {"bootstrap": coarse.any()})
-        share = rows / clips * finest / (finest + 1)
-        loss = (1 - share) * scaled["flow"] + share * scaled["bootstrap"]
-        return loss, (carry, terms)
+        error = weight * jnp.square(z1_hat - jax.lax.stop_gradient(target)).mean((2, 3))
+        asked = draw.signal < k_max  # at tau = 1 the answer is given
+        # One scale for both: a model that has learned little agrees with itself, and its tiny bootstrap error over its
+        # own scale would drown the flow (docs/log.md).
+        scaled, carry = normalize({"forcing": _mean(error, asked)}, carry)
+        terms = {"flow": _mean(error, asked & ~coarse), "bootstrap": _mean(error, asked & coarse)}
+        return scaled["forcing"], (carry, terms)
 
     def draw(self, key: Array, shape: tuple[int, ...], rows: int, started: Bool[Array, ""]) -> Draw:
         """Noise and levels for z1 of ``shape``. The first ``rows`` clips draw d from {1, 1/2, ..., 1 / k_max} once
@@ -147,6 +151,12 @@ class ShortcutForcing:
         signal = jnp.floor(u_tau * 2**step).astype(jnp.int32) * per_step
         signal = jnp.where(u_kind < c.at_zero, 0, signal)
         context = (u_kind >= c.at_zero) & (u_kind < c.at_zero + c.at_context)
+        if c.every_other:
+            kind_key, uniform_key = jax.random.split(uniform_key)
+            chosen, parity = jax.random.uniform(kind_key, (2, shape[0], 1))
+            turn = (jnp.arange(shape[1]) + (parity < 0.5)) % 2 == 0
+            context = jnp.where(chosen < c.every_other, turn, context)
+            signal = jnp.where((chosen < c.every_other) & (u_kind < 0.5), 0, signal)
         step = jnp.where(context, finest, step)
         signal = jnp.where(context, config.context_signal, signal)
         z0 = jax.random.normal(noise_key, shape)

