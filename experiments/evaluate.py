@@ -114,7 +114,7 @@ def evaluate(options: Options) -> None:
     report = settings | tabulate(scores, rates)
     Console().print(table(report))
     truth = to_float(clips.video[:SHOWN])
-    write(out, _finite(report), np.asarray(film(truth, jnp.asarray(dreams[film_k]))))
+    write(out, finite(report), np.asarray(film(truth, jnp.asarray(dreams[film_k]))))
 
 
 def write(out: Path, report: dict[str, Any], frames: Float[np.ndarray, "T rows columns C"]) -> None:
@@ -301,12 +301,12 @@ def table(report: dict[str, Any]) -> Table:
     return made
 
 
-def _finite(tree: Any) -> Any:
+def finite(tree: Any) -> Any:
     """JSON knows neither NaN nor infinity: null stands for what a model that broke has scored."""
     if isinstance(tree, dict):
-        return {name: _finite(x) for name, x in tree.items()}
+        return {name: finite(x) for name, x in tree.items()}
     if isinstance(tree, list):
-        return [_finite(x) for x in tree]
+        return [finite(x) for x in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 

@@ -196,7 +196,7 @@ def test_without_matplotlib_the_command_that_draws_is_named(scripts, evaluated, 
 def test_a_model_that_broke_is_written_as_null_and_drawn_as_a_gap(scripts, evaluated, tmp_path):
     broken = json.loads(json.dumps(evaluated.report))
     broken["k"]["1"]["steps"]["dream"]["psnr"][2] = broken["k"]["1"]["psnr"] = float("nan")
-    finite = scripts.evaluate._finite(broken)
+    finite = scripts.evaluate.finite(broken)
     assert finite["k"]["1"]["steps"]["dream"]["psnr"][2] is finite["k"]["1"]["psnr"] is None
     assert finite["k"]["2"] == evaluated.report["k"]["2"]
     scripts.curves.draw_curves(tmp_path / "curves.png", finite)
