@@ -80,21 +80,31 @@ class Config:
 
 TOY = Config(
     corpus=6000,
-    latent_deviation=1.0,
+    latent_deviation=0.15,
     dynamics=DynamicsConfig(
         spatial=16,
         registers=2,
         k_max=8,
-        context_noise=0.125,
+        start="structured",
+        context_noise=0.0,
         actions_to_spatial=True,
         transformer=TransformerConfig(
             d_model=96, depth=4, heads=4, mlp_ratio=2.7, time_every=2, context=24, soft_cap=None
         ),
     ),
-    forcing=ForcingConfig(bootstrap_start=0.25, ramp_floor=0.5, at_zero=0.3, at_context=0.3),
+    forcing=ForcingConfig(
+        bootstrap_share=0.5,
+        bootstrap_start=0.25,
+        bootstrap_every=4,
+        single_images=0.05,
+        ramp_floor=0.5,
+        at_zero=0.25,
+        at_context=0.5,
+    ),
     optimizer=OptimizerConfig(
         name="muon",
-        learning_rate=3e-3,
+        learning_rate=1e-2,
+        adam_learning_rate=3e-3,
         schedule="linear",
         warmup_steps=50,
         final_fraction=0.02,
@@ -102,12 +112,12 @@ TOY = Config(
     ),
     train=TrainConfig(
         steps=10_000,
-        batch_size=4,
-        clip_length=18,
+        batch_size=8,
+        clip_length=15,
         long_every=3,
         long_length=24,
-        eval_every=2500,
-        checkpoint_every=2500,
+        eval_every=2000,
+        checkpoint_every=1000,
         eval_clips=64,
         eval_length=24,
     ),
@@ -303,7 +313,9 @@ def measure(config: Config, corpus: Batch) -> DynamicsConfig:
     latents = np.asarray(corpus.latents, np.float64)
     mean, deviation = latents.mean(), latents.std()
     mean, scale = (float(f"{x:.4g}") for x in (mean, config.latent_deviation / max(deviation, 1e-6)))
-    return dataclasses.replace(config.dynamics, latent_mean=mean, latent_scale=scale)
+    return dataclasses.replace(
+        config.dynamics, latent_mean=mean, latent_scale=scale, latent_deviation=config.latent_deviation
+    )
 
 
 @dataclasses.dataclass(frozen=True)

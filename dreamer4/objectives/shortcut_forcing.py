@@ -42,7 +42,6 @@ class ForcingConfig:
     """Share of frames that are all noise, beyond those that a uniform draw makes so."""
     at_context: float = 0.0
     """Share of frames at the signal level that a dream's past has, likewise."""
-    every_other: float = 0.0
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self) if field.type is float]
@@ -151,12 +150,6 @@ class ShortcutForcing:
         signal = jnp.floor(u_tau * 2**step).astype(jnp.int32) * per_step
         signal = jnp.where(u_kind < c.at_zero, 0, signal)
         context = (u_kind >= c.at_zero) & (u_kind < c.at_zero + c.at_context)
-        if c.every_other:
-            kind_key, uniform_key = jax.random.split(uniform_key)
-            chosen, parity = jax.random.uniform(kind_key, (2, shape[0], 1))
-            turn = (jnp.arange(shape[1]) + (parity < 0.5)) % 2 == 0
-            context = jnp.where(chosen < c.every_other, turn, context)
-            signal = jnp.where((chosen < c.every_other) & (u_kind < 0.5), 0, signal)
         step = jnp.where(context, finest, step)
         signal = jnp.where(context, config.context_signal, signal)
         z0 = jax.random.normal(noise_key, shape)
