@@ -11,12 +11,15 @@ first frame of an episode therefore has the null action (all zeros), reward zero
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
+
+from dreamer4.errors import UserError
 
 Actions = dict[str, Shaped[Array | np.ndarray, "B T ..."]]
 
@@ -43,6 +46,26 @@ class ActionComponent:
 
 
 ActionSpace = tuple[ActionComponent, ...]
+
+
+def check_actions(space: ActionSpace, actions: Mapping[str, Shaped[Array | np.ndarray, "..."]], where: str) -> None:
+    """Refuses actions that are not of ``space``, where their values are known: it cannot be traced.
+
+    Raises UserError, which begins with ``where``, for a component that is missing or unknown, for a value that is not
+    finite in a ``continuous`` one, and for one that is out of range in the others.
+    """
+    found, expected = sorted(actions), sorted(c.name for c in space)
+    if found != expected:
+        raise UserError(f"{where}: actions {found} found, {expected} expected")
+    for c in space:
+        value = np.asarray(actions[c.name])
+        if c.kind == "continuous":
+            odd, values = value[~np.isfinite(value)], "a value that is finite"
+        else:
+            last = c.size - 1 if c.kind == "categorical" else 1
+            odd, values = value[(value < 0) | (value > last)], f"0 to {last}"
+        if odd.size:
+            raise UserError(f"{where}: action/{c.name}: {odd[0]} found, {values} expected")
 
 
 @jax.tree_util.register_dataclass

@@ -1,8 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from dreamer4.batch import ActionComponent, BatchSpec, fake_batch
+from dreamer4.batch import ActionComponent, BatchSpec, check_actions, fake_batch
+from dreamer4.errors import UserError
 
 ACTIONS = (
     ActionComponent("button", "categorical", 5),
@@ -54,6 +56,28 @@ def test_fake_actions_stay_in_their_space():
     assert set(np.unique(action["button"])) == {0, 1, 2, 3, 4}
     assert set(np.unique(action["keys"])) == {0, 1}
     assert np.abs(action["stick"]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"button": 5}, "action/button: 5 found, 0 to 4 expected"),
+        ({"button": -1}, "action/button: -1 found, 0 to 4 expected"),
+        ({"keys": 2}, "action/keys: 2 found, 0 to 1 expected"),
+        ({"stick": np.nan}, "action/stick: nan found, a value that is finite expected"),
+        ({"stick": -np.inf}, "action/stick: -inf found, a value that is finite expected"),
+        ({"lever": 0}, "actions ['button', 'keys', 'lever', 'stick'] found, ['button', 'keys', 'stick'] expected"),
+    ],
+)
+def test_actions_outside_their_space_are_refused(changes, sentence):
+    actions = arrays(fake_batch(SPEC))["action"]
+    check_actions(ACTIONS, actions, "step 3")
+    for name, value in changes.items():
+        actions[name] = np.array(actions.get(name, 0))
+        actions[name][(-1,) * actions[name].ndim] = value
+    with pytest.raises(UserError) as error:
+        check_actions(ACTIONS, actions, "step 3")
+    assert str(error.value) == f"step 3: {sentence}"
 
 
 def test_a_seed_says_the_batch():

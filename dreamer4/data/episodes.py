@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Bool, Float, Shaped, UInt8
 
-from dreamer4.batch import ActionComponent, ActionSpace, Batch
+from dreamer4.batch import ActionComponent, ActionSpace, Batch, check_actions
 from dreamer4.errors import UserError
 
 FORMAT = "dreamer4-episodes"
@@ -149,8 +149,9 @@ class EpisodeStore:
     """A data set, open for reading. All columns but the frames and the true state are held in memory.
 
     ``threads`` bounds the threads that decode frames. Raises UserError where ``path`` is not a whole data set: see
-    ``read_index``; also for a missing array and for an index that disagrees with the arrays. Safe to read from
-    several threads, and while another process appends: it keeps seeing the episodes it was opened with.
+    ``read_index``; also for a missing array, for an index that disagrees with the arrays and for actions outside their
+    space. Safe to read from several threads, and while another process appends: it keeps seeing the episodes it was
+    opened with.
     """
 
     def __init__(self, path: Path | str, *, threads: int = 2):
@@ -162,6 +163,7 @@ class EpisodeStore:
         in_memory = [name for name in self._arrays if name != "video" and not name.startswith("state/")]
         reads = {name: self._arrays[name][: self.index.frames].read() for name in in_memory}
         self._columns = {name: _await(read, self.path) for name, read in reads.items()}
+        check_actions(self.index.schema.actions, _group(self._columns, "action/"), str(self.path))
         self._starts = np.array([e.start for e in self.index.episodes])
         self._labelled = np.array([e.labelled for e in self.index.episodes])
 
@@ -419,13 +421,7 @@ def _check_rows(episode_id: str, rows: Mapping[str, np.ndarray], schema: Schema,
         found, expected = (rows[name].shape, rows[name].dtype), ((len(rows["video"]), *column.shape), column.dtype)
         if found != expected:
             raise UserError(f"{where}: {name} is {found[1]} {found[0]}, expected {expected[1]} {expected[0]}")
-    for c in schema.actions:
-        value = rows[f"action/{c.name}"]
-        low, high = (0, c.size - 1 if c.kind == "categorical" else 1)
-        if c.kind == "continuous" and not np.isfinite(value).all():
-            raise UserError(f"{where}: action/{c.name} holds a value that is not finite")
-        if c.kind != "continuous" and len(value) and not (low <= value.min() and value.max() <= high):
-            raise UserError(f"{where}: action/{c.name} lies in {value.min()}..{value.max()}, expected {low}..{high}")
+    check_actions(schema.actions, _group(rows, "action/"), where)
     is_first = rows["is_first"]
     if is_first[1:].any() or (len(is_first) and bool(is_first[0]) != at_start):
         raise UserError(f"{where}: is_first must be true for its first frame and no other")

@@ -255,8 +255,8 @@ BAD_EPISODES = {
     "is_first must be true": lambda e: e.is_first.__setitem__(3, True),
     "null action": lambda e: e.action["key"].__setitem__(0, 2),
     "no reward": lambda e: e.reward.__setitem__(0, 1),
-    "action/key lies in 0..5, expected 0..4": lambda e: e.action["key"].__setitem__(2, 5),
-    "not finite": lambda e: e.action["stick"].__setitem__(2, np.nan),
+    "action/key: 5 found, 0 to 4 expected": lambda e: e.action["key"].__setitem__(2, 5),
+    "action/stick: nan found, a value that is finite expected": lambda e: e.action["stick"].__setitem__(2, np.nan),
     "only one has state/ball": lambda e: e.state.clear(),
     r"reward is float64 \(9,\), expected float32 \(9,\)": lambda e: object.__setattr__(e, "reward", np.zeros(9)),
     r"expected uint8 \(9, 6, 4, 3\)": lambda e: object.__setattr__(e, "video", np.zeros((9, 4, 6, 3), np.uint8)),
@@ -341,6 +341,24 @@ def test_a_flipped_bit_is_an_error_and_no_wrong_frame(tmp_path):
     store = EpisodeStore(tmp_path / "a")
     with pytest.raises(UserError, match=r"is damaged: .*video"):
         store.read([0], 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("key", -1, "action/key: -1 found, 0 to 4 expected"),
+        ("stick", np.inf, "action/stick: inf found, a value that is finite expected"),
+    ],
+)
+def test_actions_that_another_program_wrote_are_checked(tmp_path, monkeypatch, name, value, sentence):
+    episode = make_episode(0, 10)
+    episode.action[name][3] = value
+    with monkeypatch.context() as patch, EpisodeWriter(tmp_path / "a", SCHEMA, SOURCE) as writer:
+        patch.setattr(episodes, "check_actions", lambda *_: None)
+        writer.add("e0", episode)
+    with pytest.raises(UserError) as error:
+        EpisodeStore(tmp_path / "a")
+    assert str(error.value) == f"{tmp_path / 'a'}: {sentence}"
 
 
 def test_a_split_without_episodes_is_named(tmp_path):
