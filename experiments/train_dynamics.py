@@ -80,7 +80,7 @@ class Config:
 
 TOY = Config(
     corpus=6000,
-    latent_deviation=0.15,
+    latent_deviation=0.1,
     dynamics=DynamicsConfig(
         spatial=16,
         registers=2,
@@ -103,21 +103,21 @@ TOY = Config(
     ),
     optimizer=OptimizerConfig(
         name="muon",
-        learning_rate=1e-2,
-        adam_learning_rate=3e-3,
+        learning_rate=2e-2,
+        adam_learning_rate=5e-3,
         schedule="linear",
         warmup_steps=50,
         final_fraction=0.02,
         weight_decay=0.0,
     ),
     train=TrainConfig(
-        steps=10_000,
+        steps=5500,
         batch_size=8,
         clip_length=15,
         long_every=3,
         long_length=24,
-        eval_every=2000,
-        checkpoint_every=1000,
+        eval_every=1375,
+        checkpoint_every=1375,
         eval_clips=64,
         eval_length=24,
     ),
