@@ -1,11 +1,10 @@
 """Scaled dot-product attention with all that the efficient transformer asks of it, and the cache over time."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
@@ -105,9 +104,9 @@ class KVCache:
     absolute index of the next one. Caches may be stacked (``many``), to be mapped over, and kept as NumPy arrays.
     """
 
-    key: Float[Array | np.ndarray, "*many layer B S Hkv W K"]
-    value: Float[Array | np.ndarray, "*many layer B S Hkv W K"]
-    frame: Int[Array | np.ndarray, "*many"]
+    key: Float[Any, "*many layer B S Hkv W K"]
+    value: Float[Any, "*many layer B S Hkv W K"]
+    frame: Int[Any, "*many"]
 
 
 def ring_frames(frame: Int[Array, ""], slots: int) -> Int[Array, " W"]:

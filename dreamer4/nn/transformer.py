@@ -212,8 +212,9 @@ class TimeLayer(nn.Module):
         query, key, value = attention.project(flat, sight.angles)
         past, new = None, None
         if ring is not None and sight.past is not None:
-            past = *(rearrange(y, "b s h w k -> (b s) h w k") for y in ring), sight.past
-            new = tuple(rearrange(y, "(b s) t h k -> b s h t k", b=batch) for y in (key, value))
+            old_key, old_value = (rearrange(y, "b s h w k -> (b s) h w k") for y in ring)
+            new_key, new_value = (rearrange(y, "(b s) t h k -> b s h t k", b=batch) for y in (key, value))
+            past, new = (old_key, old_value, sight.past), (new_key, new_value)
         now = sight.now if len(sight.now) == 1 else jnp.repeat(sight.now, n, axis=0)
         mixed = rearrange(attention.mix(query, key, value, now, past), "(b s) t d -> b t s d", b=batch)
         # Tokens that do not attend over time pass this sub-layer as they are.

@@ -95,7 +95,9 @@ class ShortcutForcing:
         self, params: PyTree, carry: LossScales, frozen: PyTree, batch: Batch, key: Array, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[LossScales, dict[str, Array]]]:
         """The scalar, and the mean squared errors ``flow`` and ``bootstrap``, ramp included, as they are."""
-        z1 = self.model.pack(encode(self.tokenizer, frozen, batch.video) if batch.latents is None else batch.latents)
+        made = batch.latents
+        latents = encode(self.tokenizer, frozen, jnp.asarray(batch.video)) if made is None else jnp.asarray(made)
+        z1 = self.model.pack(latents)
         clips = len(z1)
         rows = math.ceil(self.config.bootstrap_share * clips)
         started = (step >= self.config.bootstrap_start * self.steps) & (step % self.config.bootstrap_every == 0)
@@ -109,7 +111,7 @@ class ShortcutForcing:
             labelled = jnp.broadcast_to(labelled, signal.shape)
             action = {name: a[clips] for name, a in batch.action.items()}
             starts = jnp.broadcast_to(draw.single[clips][:, None], signal.shape)
-            return self.model.apply({"params": params}, z, signal, step, action, labelled, starts=starts)[0]  # type: ignore[index]
+            return self.model.apply({"params": params}, z, signal, step, action, labelled, starts=starts)[0]
 
         target, coarse = z1, jnp.zeros(draw.step.shape, bool)
         if rows:
@@ -209,7 +211,7 @@ class ShortcutForcing:
         start, end = self.horizon.context, self.horizon.context + self.horizon.length
         both, truth = {"tokenizer": frozen, "dynamics": params}, to_float(clips.video[:, :end])
         actions = {name: a[:, :end] for name, a in clips.action.items()}
-        dreamt = generator.dream(both, clips.video[:, :start], actions, key)
+        dreamt = generator.dream(both, jnp.asarray(clips.video)[:, :start], actions, key)
         return film(truth, dreamt)
 
 

@@ -35,7 +35,7 @@ class DreamState:
 
     cache: KVCache
     decoder: KVCache
-    latents: Float[Array | np.ndarray, "*many B Sz Dz"]
+    latents: Float[Any, "*many B Sz Dz"]
     key: Key[Array, "*many"]
 
 
@@ -119,7 +119,7 @@ class Generator:
                 frames = past.at[:, t].set(z)
                 return self.dynamics.apply({"params": params["dynamics"]}, frames, signals, steps, actions, known)[0][
                     :, t
-                ]  # type: ignore[index]
+                ]
 
             key, noise_key = jax.random.split(key)
             z = denoise(predict, jax.random.normal(noise_key, (batch, 1, *past.shape[2:]))[:, 0], self.steps, c.k_max)
@@ -187,10 +187,9 @@ class Generator:
     ) -> tuple[Float[Array, "B T Sz Dz"], KVCache]:
         """z1_hat of frames that are all at one level, and the cache after them."""
         signals, steps = (jnp.broadcast_to(x, z.shape[:2]) for x in (signal, step))
-        z1_hat, _, cache = self.dynamics.apply(  # type: ignore[misc]
-            {"params": params["dynamics"]}, z, signals, steps, actions, labelled, cache=cache
-        )
-        return z1_hat, cache
+        variables = {"params": params["dynamics"]}
+        told: Any = self.dynamics.apply(variables, z, signals, steps, actions, labelled, cache=cache)
+        return told[0], told[2]
 
     def encode(self, params: PyTree, frames: UInt8[Array, "B T H W C"]) -> Float[Array, "B T L Db"]:
         """The tokenizer's latents of real frames."""
@@ -200,12 +199,12 @@ class Generator:
         self, params: PyTree, latents: Float[Array, "B T L Db"], cache: KVCache | None = None
     ) -> tuple[Float[Array, "B T H W C"], Any]:
         """Frames painted by the tokenizer, and its cache after them."""
-        return self.tokenizer.apply({"params": params["tokenizer"]}, latents, cache, method=Tokenizer.decode)  # type: ignore[return-value]
+        return self.tokenizer.apply({"params": params["tokenizer"]}, latents, cache, method=Tokenizer.decode)
 
 
 def encode(tokenizer: Tokenizer, params: PyTree, frames: UInt8[Array, "B T H W C"]) -> Float[Array, "B T L Db"]:
     """The latents of real frames by a trained tokenizer."""
-    return tokenizer.apply({"params": params}, to_float(frames), method=Tokenizer.encode)[0]  # type: ignore[index]
+    return tokenizer.apply({"params": params}, to_float(frames), method=Tokenizer.encode)[0]
 
 
 def _around(frame: int) -> tuple[slice, slice]:
