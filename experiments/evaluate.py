@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from train_dynamics import TrainedDynamics, check_frames, load_dynamics
 
-from dreamer4.batch import Batch
+from dreamer4.batch import Actions, Batch
 from dreamer4.config import at_least, from_json, to_json
 from dreamer4.data.episodes import Split
 from dreamer4.data.loader import StoreSource
@@ -87,7 +87,7 @@ def evaluate(options: Options) -> None:
         raise UserError(f"run: there is no {options.run}; train one with uv run experiments/train_dynamics.py")
     trained = load_dynamics(options.run)
     steps = choose_steps(options.k, trained.model.config.k_max)
-    generators = {k: Generator(trained.tokenizer, trained.model, k) for k in steps}
+    generator = Generator(trained.tokenizer, trained.model, steps[0])
     clips = held_out(trained, options, horizon)
     weights = perceptual_weights(options.perceptual_net, clips)
     out = options.out or options.run / "evaluation"
@@ -96,14 +96,15 @@ def evaluate(options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     key, params = jax.random.key(options.seed), jax.device_put(trained.params)
-    states = begin(generators[steps[0]], params, clips, horizon, key)
+    states = begin(generator, params, clips, horizon, key)
+    scored, rollout = scorer(generator, horizon, options.batch_size), roller(generator)
     scores: dict[int, Scores] = {}
     dreams: dict[int, Float[np.ndarray, "n h H W C"]] = {}
     rates: dict[int, float] = {}
-    for k, generator in generators.items():
+    for k in steps:
         print(f"dreaming {options.clips} clips with K = {k}", flush=True)
-        scores[k] = measure(generator, params, clips, horizon, key, weights, options.batch_size)
-        dreams[k], rates[k] = play(generator, params, states, clips, horizon)
+        scores[k] = jax.device_get(scored(jnp.asarray(k), params, weights, clips, key))
+        dreams[k], rates[k] = play(functools.partial(rollout, jnp.asarray(k), params), states, clips, horizon)
     film_k = trained.config["k"] if trained.config["k"] in steps else steps[-1]
     settings = {
         "options": to_json(dataclasses.replace(options, k=tuple(steps), out=out)),
@@ -173,21 +174,12 @@ def perceptual_weights(net: Net | Literal["off"], clips: Batch) -> Params | None
     return weights
 
 
-def measure(
-    generator: Generator,
-    params: PyTree,
-    clips: Batch,
-    horizon: Horizon,
-    key: PRNGKeyArray,
-    weights: Params | None,
-    group: int,
-) -> Scores:
-    """The scores of one K, on the host."""
+def scorer(generator: Generator, horizon: Horizon, group: int) -> Callable[..., Scores]:
+    """One program for every K: ``(K, params, weights, clips, key) -> scores``."""
 
-    @jax.jit
-    def scored(params: PyTree, weights: Params | None, clips: Batch, key: PRNGKeyArray) -> Scores:
+    def scored(k: Array, params: PyTree, weights: Params | None, clips: Batch, key: PRNGKeyArray) -> Scores:
         return score(
-            functools.partial(generator.dream, params),
+            functools.partial(dataclasses.replace(generator, steps=k).dream, params),
             lambda video: reconstruct(generator.tokenizer, params["tokenizer"], to_float(video)),
             clips,
             horizon,
@@ -196,7 +188,14 @@ def measure(
             group=group,
         )
 
-    return jax.device_get(scored(params, weights, clips, key))
+    return jax.jit(scored)
+
+
+def roller(generator: Generator) -> Callable[..., tuple[DreamState, Array]]:
+    """One program for every K: ``(K, params, state, actions) -> (state, frames)``."""
+    return jax.jit(
+        lambda k, params, state, actions: dataclasses.replace(generator, steps=k).rollout(params, state, actions)
+    )
 
 
 def begin(generator: Generator, params: PyTree, clips: Batch, horizon: Horizon, key: PRNGKeyArray) -> list[DreamState]:
@@ -215,14 +214,17 @@ def begin(generator: Generator, params: PyTree, clips: Batch, horizon: Horizon, 
 
 
 def play(
-    generator: Generator, params: PyTree, states: list[DreamState], clips: Batch, horizon: Horizon
+    rollout: Callable[[DreamState, Actions], tuple[DreamState, Array]],
+    states: list[DreamState],
+    clips: Batch,
+    horizon: Horizon,
 ) -> tuple[Float[np.ndarray, "n h H W C"], float]:
     """The clips that are shown, dreamt one at a time, and the frames per second of that: cached, decoded, compiled."""
-    rollout, future = jax.jit(generator.rollout), slice(horizon.context, horizon.end)
+    future = slice(horizon.context, horizon.end)
 
     def dream(row: int) -> Array:
         actions = {name: a[row : row + 1, future] for name, a in clips.action.items()}
-        return jax.block_until_ready(rollout(params, states[row], actions)[1])
+        return jax.block_until_ready(rollout(states[row], actions)[1])
 
     frames = np.concatenate([dream(row) for row in range(len(states))])
     seconds = []

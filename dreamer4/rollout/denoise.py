@@ -27,19 +27,24 @@ def velocity(
     return (z1_hat - z) / (1 - tau)
 
 
-def denoise(predict: Predict, z0: Float[Array, "*lead"], steps: int, k_max: int) -> Float[Array, "*lead"]:
+def denoise(
+    predict: Predict, z0: Float[Array, "*lead"], steps: int | Int[Array, ""], k_max: int
+) -> Float[Array, "*lead"]:
     """Data from noise in ``steps`` = K steps of size 1 / K; each is labelled with the level of its input: 0, 1/K, ...,
-    (K - 1)/K."""
+    (K - 1)/K. K may be traced, so that one program serves them all; it is then for the caller to check."""
     check_steps(steps, k_max)
+    halvings = 31 - jax.lax.clz(jnp.asarray(steps, jnp.int32))
 
     def advance(i: Array, z: Array) -> Array:
-        z1_hat = predict(z, i * (k_max // steps), jnp.asarray(steps.bit_length() - 1))
+        z1_hat = predict(z, i * (k_max // steps), halvings)
         return z + velocity(z, z1_hat, i / steps) / steps
 
     return jax.lax.fori_loop(0, steps, advance, z0)
 
 
-def check_steps(steps: int, k_max: int) -> None:
-    """A ``UserError`` unless a model trained with ``k_max`` can take ``steps`` steps."""
+def check_steps(steps: int | Int[Array, ""], k_max: int) -> None:
+    """A ``UserError`` unless a model trained with ``k_max`` can take ``steps`` steps; traced ones pass."""
+    if not isinstance(steps, int):
+        return
     if steps < 1 or steps & (steps - 1) or steps > k_max:
         raise UserError(f"K: {steps} steps found, a power of two up to the model's k_max of {k_max} expected")

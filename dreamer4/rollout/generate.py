@@ -42,11 +42,11 @@ class DreamState:
 @dataclasses.dataclass(frozen=True)
 class Generator:
     """Dreams in ``steps`` = K denoising steps a frame. All methods are pure; ``params`` is ``{"tokenizer": ...,
-    "dynamics": ...}``. K must be a power of two up to the model's k_max."""
+    "dynamics": ...}``. K must be a power of two up to the model's k_max; it may be traced."""
 
     tokenizer: Tokenizer
     dynamics: Dynamics
-    steps: int = 4
+    steps: int | Int[Array, ""] = 4
 
     def __post_init__(self) -> None:
         check_steps(self.steps, self.dynamics.config.k_max)
