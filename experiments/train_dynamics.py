@@ -7,6 +7,7 @@ was trained on), and in ``samples/`` pictures in which each column is a clip: th
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_s
 from dreamer4.train.environment import write_environment
 from dreamer4.train.fit import Source, TrainConfig, fit, make_program
 from dreamer4.train.optimizer import OptimizerConfig
+from dreamer4.train.run_folder import RunFolder
 
 # isort: split
 import jax  # (after dreamer4, which says how much XLA prints)
@@ -261,15 +263,20 @@ def load_tokenizer(run: Path) -> FrozenTokenizer:
 def find_tokenizer(config: Config) -> Path:
     """The run of the tokenizer to train on: the one asked for, the copy that this run has, or the preset's, which for
     toy and debug is trained now where it is missing or unfinished."""
-    if config.tokenizer is not None:
-        return config.tokenizer
     copy = config.run.run_dir / "tokenizer"
+    if config.tokenizer is not None:
+        if not config.run.resume and config.tokenizer.resolve() == copy.resolve():
+            raise UserError(f"tokenizer: {copy} is set aside by --no-resume with the run that it lies in; name another")
+        return config.tokenizer
     if config.run.resume and find(copy):
         return copy
     _, preset = train_tokenizer.PRESETS[config.tokenizer_preset]
     run = preset.run.run_dir
     newest = find(run)
-    if newest is None or newest.step < preset.train.steps:
+    config_path = RunFolder(run).config_path
+    # Of the run's own configuration: who has trained a shorter one on purpose is to get it.
+    steps = json.loads(config_path.read_text())["train"]["steps"] if config_path.exists() else preset.train.steps
+    if newest is None or newest.step < steps:
         command = f"uv run experiments/train_tokenizer.py {config.tokenizer_preset}"
         missing = "there is no tokenizer" if newest is None else f"the tokenizer is at step {newest.step}"
         if config.tokenizer_preset not in ("toy", "debug"):
@@ -316,6 +323,19 @@ def measure(config: Config, corpus: Batch) -> DynamicsConfig:
     return dataclasses.replace(
         config.dynamics, latent_mean=mean, latent_scale=scale, latent_deviation=config.latent_deviation
     )
+
+
+def encode_data(config: Config, source: ToySource | StoreSource, tokenizer: FrozenTokenizer) -> tuple[Config, Source]:
+    """The configuration with the latents as measured, and where batches come from: the corpus, encoded now, or the
+    data as it is."""
+    if not config.corpus and config.latent_deviation is None:
+        return config, source
+    longest = max(time for _, time in config.train.shapes)
+    corpus = encode_corpus(source, tokenizer.encode, config.corpus or MEASURED_CLIPS, longest)
+    config = dataclasses.replace(config, dynamics=measure(config, corpus))
+    if not config.corpus:
+        return config, source
+    return config, LatentSource(source, corpus, config.train.shapes, config.train.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,20 +405,15 @@ def train(config: Config) -> None:
     run_of_tokenizer = find_tokenizer(config)
     tokenizer = load_tokenizer(run_of_tokenizer)
     check_frames(tokenizer.model, source.spec, run_of_tokenizer)
-    feed: Source = source
-    longest = max(time for _, time in config.train.shapes)
-    if config.corpus or config.latent_deviation is not None:
-        corpus = encode_corpus(source, tokenizer.encode, config.corpus or MEASURED_CLIPS, longest)
-        config = dataclasses.replace(config, dynamics=measure(config, corpus))
-        if config.corpus:
-            feed = LatentSource(source, corpus, config.train.shapes, config.train.seed)
+    make_objective(config, tokenizer.model, source.spec)  # what does not fit should say so before the encoding
+    config, feed = encode_data(config, source, tokenizer)
     objective = make_objective(config, tokenizer.model, source.spec)
     origin = find(run_of_tokenizer, "best")
     resolved = to_json(dataclasses.replace(config, run=None))
     resolved |= {"tokenizer": to_json(tokenizer.model.config), "tokenizer_checkpoint": to_json(origin)}
     resolved |= {"actions": to_json(source.spec.actions), "frame": tokenizer.config["frame"]}
     with open_run(config.run, resolved) as run:
-        if run_of_tokenizer != run.path / "tokenizer":
+        if run_of_tokenizer.resolve() != (run.path / "tokenizer").resolve():
             adopt(run_of_tokenizer, run.path / "tokenizer")
         write_environment(run.path)
         sinks = functools.partial(open_sinks, config.run, resolved)

@@ -224,12 +224,17 @@ def test_clips_without_a_bootstrap_do_not_feel_it():
 def test_coarse_steps_wait_for_their_time():
     ours = objective(Biased, bootstrap_share=0.5, bootstrap_start=0.5, steps=10)
     run = jax.jit(lambda step: loss(ours, {"answer": ANSWER}, SAME, step=step))
-    (early, (scales, before)), (_, (_, after)) = run(4), run(5)
+    (early, (_, before)), (_, (_, after)) = run(4), run(5)
     assert before["bootstrap"] == 0
     assert after["bootstrap"] > 0
-    assert scales.count == {"flow": 1, "bootstrap": 0}
     assert np.isfinite(early)
     assert (drawn(ours, rows=2, started=False).step == FINEST).all()
+
+
+def test_coarse_steps_come_in_every_so_manieth_step():
+    ours = objective(Biased, bootstrap_share=0.5, bootstrap_every=3)
+    run = jax.jit(lambda step: loss(ours, {"answer": ANSWER}, SAME, step=step)[1][1]["bootstrap"] > 0)
+    assert [bool(run(step)) for step in range(6)] == [True, False, False] * 2
 
 
 def many(ours, rows):
