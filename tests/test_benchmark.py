@@ -18,7 +18,7 @@ def benchmark(folder, *arguments):
     return ended.stdout, json.loads((folder / "figures.json").read_text())
 
 
-@pytest.mark.parametrize(("model", "shapes"), [("tokenizer", 1), ("dynamics", 2)])
+@pytest.mark.parametrize(("model", "shapes"), [("tokenizer", 1), pytest.param("dynamics", 2, marks=pytest.mark.slow)])
 def test_the_benchmark_reports_one_compilation_for_each_shape_of_batch(tmp_path, model, shapes):
     printed, figures = benchmark(tmp_path, model, "--preset", "debug", "--steps", "2", "--rounds", "1")
     assert figures["compilations"] == shapes
