@@ -7,8 +7,8 @@ import os
 # it compares tuning hints as if they were instructions. It reads this variable once, when jax is first imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# Before 0.12, jax on CPU hands some sums to a library that gets them wrong (docs/decisions/0003) and, with
-# this, only matrix products. XLA reads this when it first computes.
+# Before 0.12, jax on CPU hands some sums to a library that gets them wrong (docs/decisions/0003); this leaves it
+# the matrix products alone. XLA reads it when it first computes.
 if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12):
     flags = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_experimental_ynn_fusion_type=individual_dot"
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()

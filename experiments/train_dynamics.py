@@ -156,8 +156,8 @@ DEBUG = dataclasses.replace(
         eval_length=6,
     ),
 )
-"""``uv run experiments/train_dynamics.py debug``: a minute on two cores, most of it compilation, the tokenizer's included;
-it learns nothing worth a figure."""
+"""``uv run experiments/train_dynamics.py debug``: a minute on two cores, most of it compilation, its tokenizer's
+included; it learns nothing worth a figure."""
 
 ATARI = Config(
     run=RunOptions(Path("runs/dynamics_atari")),
@@ -186,8 +186,8 @@ ATARI = Config(
         eval_length=24,
     ),
 )
-"""``uv run experiments/train_dynamics.py atari --data data/breakout``, on the tokenizer in runs/tokenizer_atari: counted
-and checked by its shapes (``--dry-run``); it has not been trained here."""
+"""``uv run experiments/train_dynamics.py atari --data data/breakout``, on the tokenizer in runs/tokenizer_atari.
+Counted and checked by its shapes (``--dry-run``); it has not been trained here."""
 
 REFERENCE = Config(
     run=RunOptions(Path("runs/dynamics_reference")),
@@ -223,8 +223,8 @@ PAPER = Config(
     ),
     train=TrainConfig(steps=200_000, batch_size=32, clip_length=64, long_every=4, long_length=256, eval_length=24),
 )
-"""``uv run experiments/train_dynamics.py paper --dry-run``: 1.59 B parameters. Counted and checked by its shapes; it needs
-accelerators and has not been trained here."""
+"""``uv run experiments/train_dynamics.py paper --dry-run``: 1.59 B parameters. Counted and checked by its shapes; it
+needs accelerators and has not been trained here."""
 
 PRESETS = {
     "toy": ("bouncing squares, minutes on two cores (default)", TOY),
