@@ -117,7 +117,7 @@ class ShortcutForcing:
         if rows:
             coarse = draw.step < finest
             first = slice(0, rows)
-            fixed = jax.lax.stop_gradient(params)
+            fixed = jax.lax.stop_gradient(params)  # the target carries no gradient
             halved = jax.lax.cond(
                 started,
                 lambda: self.two_halves(
@@ -131,7 +131,7 @@ class ShortcutForcing:
             target = jnp.concatenate([jnp.where(coarse[first][..., None, None], halved, z1[first]), z1[rows:]])
         z1_hat = predict(params, noised, draw.signal, draw.step, slice(None))
         weight = self.config.ramp_floor + (1 - self.config.ramp_floor) * draw.signal / k_max
-        error = weight * jnp.square(z1_hat - jax.lax.stop_gradient(target)).mean((2, 3))
+        error = weight * jnp.square(z1_hat - target).mean((2, 3))
         asked = draw.signal < k_max  # at tau = 1 the answer is given
         # One scale for both: a model that has learned little agrees with itself, and its tiny bootstrap error over its
         # own scale would drown the flow (docs/log.md).
