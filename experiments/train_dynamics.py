@@ -296,15 +296,7 @@ def find_tokenizer(config: Config) -> Path:
 
 def make_source(config: Config) -> ToySource | StoreSource:
     """The data set of ``config``, or the toy world."""
-    shapes, seed = config.train.shapes, config.train.seed
-    if config.data is None:
-        return ToySource(config.toy, shapes, seed, label_fraction=config.label_fraction)
-    if not config.data.exists():
-        raise UserError(
-            f"data: there is no {config.data}; record one with"
-            f" uv run --extra atari experiments/record.py atari --game Breakout --episodes 30 --out {config.data}"
-        )
-    return StoreSource(config.data, shapes, seed, label_fraction=config.label_fraction)
+    return train_tokenizer.open_data(config.data, config.toy, config.train, config.label_fraction)
 
 
 def check_frames(tokenizer: Tokenizer, spec: BatchSpec, where: Path) -> None:
@@ -396,11 +388,11 @@ def dry_run(config: Config) -> None:
 
 
 def step_flops(objective: ShortcutForcing, shape: tuple[int, int]) -> float:
-    """Floating point operations of a training step on (clips, frames): forward and backward through the dynamics, two
-    more forward passes of the clips that bootstrap, and the encoder, which is half of the tokenizer."""
+    """Floating point operations of a training step on (clips, frames), on average: forward and backward through the
+    dynamics, two more forward passes of the clips that bootstrap, and the encoder, which is half of the tokenizer."""
     clips, frames = shape
     forward = dynamics_flops(objective.model, frames)
-    rows = math.ceil(objective.config.bootstrap_share * clips)
+    rows = math.ceil(objective.config.bootstrap_share * clips) / objective.config.bootstrap_every
     return frames * (forward * (3 * clips + 2 * rows) + clips * tokenizer_flops(objective.tokenizer, frames) / 2)
 
 

@@ -162,16 +162,23 @@ PRESETS = {
 }
 
 
-def make_source(config: Config) -> Source:
+def make_source(config: Config) -> ToySource | StoreSource:
     """The data set of ``config``, or the toy world."""
-    if config.data is None:
-        return ToySource(config.toy, config.train.shapes, config.train.seed)
-    if not config.data.exists():
+    return open_data(config.data, config.toy, config.train)
+
+
+def open_data(
+    data: Path | None, toy: ToyConfig, train: TrainConfig, label_fraction: float = 1.0
+) -> ToySource | StoreSource:
+    """The data set at ``data``, or without one the toy world, in the batches of ``train``."""
+    if data is None:
+        return ToySource(toy, train.shapes, train.seed, label_fraction=label_fraction)
+    if not data.exists():
         raise UserError(
-            f"data: there is no {config.data}; record one with"
-            f" uv run --extra atari experiments/record.py atari --game Breakout --episodes 30 --out {config.data}"
+            f"data: there is no {data}; record one with"
+            f" uv run --extra atari experiments/record.py atari --game Breakout --episodes 30 --out {data}"
         )
-    return StoreSource(config.data, config.train.shapes, config.train.seed)
+    return StoreSource(data, train.shapes, train.seed, label_fraction=label_fraction)
 
 
 def make_objective(config: Config, spec: BatchSpec) -> tuple[MaskedAutoencoding, dict | None]:

@@ -26,7 +26,8 @@ from dreamer4.rollout.generate import Generator, encode
 
 @dataclasses.dataclass(frozen=True)
 class ForcingConfig:
-    """How signal levels and step sizes are drawn. The defaults are the paper's."""
+    """How signal levels and step sizes are drawn. ``single_images``, ``ramp_floor`` and uniform draws are the paper's;
+    how few clips bootstrap, and when, is ours."""
 
     bootstrap_share: float = 0.25
     """Share of a batch's clips, rounded up, whose frames draw any step size; the others learn the finest."""
