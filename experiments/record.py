@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dreamer4.data import atari
-from dreamer4.data.episodes import EpisodeWriter, read_index, split_of
+from dreamer4.data.episodes import read_index, split_of
+from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 from dreamer4.train import cli
 

@@ -16,7 +16,8 @@ import pytest
 import tyro
 
 from dreamer4.batch import ActionComponent
-from dreamer4.data.episodes import Episode, EpisodeWriter, Schema, split_of
+from dreamer4.data.episodes import Episode, Schema, split_of
+from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 from dreamer4.train.checkpoint import Checkpoints
 from dreamer4.train.cli import choose_preset

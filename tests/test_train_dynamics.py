@@ -19,7 +19,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dreamer4.batch import ActionComponent
 from dreamer4.data import episodes
-from dreamer4.data.episodes import Episode, EpisodeWriter, Schema, split_of
+from dreamer4.data.episodes import Episode, Schema, split_of
+from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 from dreamer4.train import fit as fit_module
 from dreamer4.train.checkpoint import Checkpoints, find, restore_params

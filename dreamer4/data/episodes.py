@@ -1,19 +1,14 @@
-"""Episodes and the store that holds them on disk.
+"""Episodes and the store that holds them on disk, to read; ``dreamer4.data.writer`` makes it.
 
 A data set is one folder: ``index.json`` and one zarr v3 array per column (``video``, ``action/<name>``, ``reward``,
 ``is_first``, ``is_terminal``, ``state/<name>``), with one row per frame over all episodes. A row counts only once the
-index names it: the index is replaced in one step after all rows are on disk, so whatever a crash or a full disk leaves
-behind is invisible. Split into train, validation and test by hash of the episode's id.
+index names it. Split into train, validation and test by hash of the episode's id.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,16 +22,6 @@ from dreamer4.errors import UserError
 FORMAT = "dreamer4-episodes"
 VERSION = 1
 Split = Literal["train", "validation", "test"]
-
-# A random window touches (chunk + window) frames on average, so short chunks read less; frames that resemble each other
-# compress better together. Measured on Breakout, windows of 16 frames of 210x160x3 from a warm cache with 1 / 2
-# threads: chunks of 4 / 8 / 16 frames give 7.8 k / 7.7 k / 6.0 k windows/s at 245 / 185 / 168 bytes a frame with
-# zstd 3; lz4 is as fast and takes 1000 bytes. Hence about 1 MiB of raw frames a chunk: 8 frames of 210x160x3.
-CHUNK_BYTES = 2**20
-FRAMES_PER_CHUNK = (4, 32)
-ROWS_PER_CHUNK = 4096  # of the columns beside the frames
-ZSTD_LEVEL = 3
-WRITES_AHEAD = 4  # chunks on their way to the disk, which bounds the writer's memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +98,16 @@ class Index:
 
 
 def split_of(episode_id: str) -> Split:
-    """The split an episode belongs to, 80/10/10 by the SHA-256 of its id: no other episode has a say in it."""
-    tenth = int.from_bytes(hashlib.sha256(episode_id.encode()).digest()[:8]) * 10 >> 64
+    """The split an episode belongs to, 80/10/10 by the SHA-256 of its id: no other episode has a say in it.
+
+    The parts of a recording that was cut, ``name``, ``name#1``, ``name#2`` and so on, go round from where the hash of
+    ``name`` starts, so that of any ten in a row eight are for training, one is for validation and one for the test.
+    """
+    name, mark, part = episode_id.rpartition("#")
+    if not (mark and part.isdecimal()):
+        name, part = episode_id, "0"
+    tenth = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) * 10 >> 64
+    tenth = (tenth + 3 * int(part)) % 10  # 3, so that validation and test do not lie side by side
     return "train" if tenth < 8 else "validation" if tenth == 8 else "test"
 
 
@@ -159,11 +152,11 @@ class EpisodeStore:
         self.index = read_index(self.path)
         limit = {"limit": threads}
         context = ts.Context({"data_copy_concurrency": limit, "file_io_concurrency": limit})
-        self._arrays = _open_arrays(self.path, self.index.schema, self.index.frames, context)
+        self._arrays = open_arrays(self.path, self.index.schema, self.index.frames, context)
         in_memory = [name for name in self._arrays if name != "video" and not name.startswith("state/")]
         reads = {name: self._arrays[name][: self.index.frames].read() for name in in_memory}
         self._columns = {name: _await(read, self.path) for name, read in reads.items()}
-        check_actions(self.index.schema.actions, _group(self._columns, "action/"), str(self.path))
+        check_actions(self.index.schema.actions, group_columns(self._columns, "action/"), str(self.path))
         self._starts = np.array([e.start for e in self.index.episodes])
         self._labelled = np.array([e.labelled for e in self.index.episodes])
 
@@ -195,12 +188,12 @@ class EpisodeStore:
         episode = np.searchsorted(self._starts, starts, side="right") - 1
         return Batch(
             video=out["video"],
-            action=_group(out, "action/"),
+            action=group_columns(out, "action/"),
             reward=out["reward"],
             is_first=out["is_first"],
             is_terminal=out["is_terminal"],
             labelled=self._labelled[episode],
-            state=_group(out, "state/"),
+            state=group_columns(out, "state/"),
         )
 
     def episode(self, entry: EpisodeEntry) -> Episode:
@@ -220,248 +213,12 @@ class EpisodeStore:
         return np.empty(lead + column.shape, column.dtype)
 
 
-class EpisodeWriter:
-    """Writes a new data set, or appends to one, episode by episode; a context manager.
-
-    Leaving the context publishes everything at once; leaving it by an exception publishes nothing: a new data set does
-    not come to be, an old one is as it was. ``source`` says in JSON terms how these episodes came to be.
-
-    Raises UserError where ``path`` is taken (or, to append to, is not a data set or has another schema), where another
-    process is writing it, where an episode does not fit the schema, and where the disk does not take the data.
-    """
-
-    def __init__(self, path: Path | str, schema: Schema, source: dict[str, Any], *, append: bool = False):
-        self.path = Path(path)
-        if self.path.exists() and not append:
-            raise UserError(f"{self.path} already exists: give another name, append to it, or remove it")
-        self._append = append
-        self._folder = self.path if append else self.path.with_name(f".{self.path.name}.part")
-        self._schema = schema
-        with self._disk_errors():
-            self._lock = self._prepare_folder()
-        try:
-            # Read under the lock: an append that has just ended must be seen.
-            self._old = read_index(self.path) if append else Index(schema, (), ())
-            _check_same_schema(self.path, self._old.schema, schema)
-            with self._disk_errors():
-                self._columns = self._open_columns()
-        except BaseException:
-            os.close(self._lock)
-            raise
-        self._sources = self._old.sources if source in self._old.sources else (*self._old.sources, source)
-        self._episodes = list(self._old.episodes)
-        self._ids = {e.id for e in self._old.episodes}
-
-    @property
-    def episode_count(self) -> int:
-        """How many episodes the data set will hold, those that it held before included."""
-        return len(self._episodes)
-
-    @property
-    def frame_count(self) -> int:
-        """How many frames the data set will hold, those that it held before included."""
-        return self._columns["video"].rows
-
-    def add(self, episode_id: str, episode: Episode | Iterable[Episode], *, labelled: bool = True) -> None:
-        """Adds an episode, whole or as consecutive pieces, of which only one is in memory at a time."""
-        if episode_id in self._ids:
-            raise UserError(f"{self.path} already holds an episode {episode_id!r}: ids must differ")
-        start = self.frame_count
-        for piece in [episode] if isinstance(episode, Episode) else episode:
-            rows = _rows(piece)
-            _check_rows(episode_id, rows, self._schema, at_start=self.frame_count == start)
-            with self._disk_errors():
-                for name, column in self._columns.items():
-                    column.append(rows[name])
-        if self.frame_count == start:
-            raise UserError(f"episode {episode_id!r} has no frames")
-        self._ids.add(episode_id)
-        self._episodes.append(EpisodeEntry(episode_id, start, self.frame_count - start, labelled))
-
-    def __enter__(self) -> "EpisodeWriter":
-        return self
-
-    def __exit__(self, kind, value, traceback) -> None:
-        try:
-            if kind is None:
-                self._publish()
-            else:
-                self._discard()
-        finally:
-            os.close(self._lock)
-
-    def _prepare_folder(self) -> int:
-        """Makes the folder, takes its lock, clears what an earlier crash left, and returns the lock's descriptor."""
-        if self._append:
-            read_index(self.path)  # says what is wrong with the path before anything touches it
-        self._folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self._folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UserError(f"{self.path} is being written by another process: wait until it is done") from None
-        if not self._append:
-            for leftover in self._folder.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        return lock
-
-    def _open_columns(self) -> "dict[str, _ColumnWriter]":
-        if self._append:
-            arrays = _open_arrays(self._folder, self._schema, self._old.frames, ts.Context())
-        else:
-            arrays = {name: _create_array(self._folder, name, c) for name, c in self._schema.columns().items()}
-        return {name: _ColumnWriter(array, self._old.frames) for name, array in arrays.items()}
-
-    def _publish(self) -> None:
-        try:
-            if len(self._episodes) == len(self._old.episodes):
-                raise UserError(f"{self.path}: there was no episode to write")
-            with self._disk_errors():
-                for column in self._columns.values():
-                    column.finish()
-                _write_index(self._folder, Index(self._schema, self._sources, tuple(self._episodes)))
-                if not self._append:
-                    self._folder.rename(self.path)
-                    _sync_folder(self.path.parent)
-        except UserError:
-            self._discard()
-            raise
-
-    def _discard(self) -> None:
-        if self._append:
-            for column in self._columns.values():
-                column.discard(self._old.frames)
-        else:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        """Turns the errors of the disk, which tensorstore raises as ValueError, into the user's."""
-        try:
-            yield
-        except (OSError, ValueError) as e:
-            unchanged = "the data set is as it was before" if self._append else "no data set was made"
-            raise UserError(f"cannot write {self.path}: {_reason(e)}; {unchanged}") from None
-
-
-class _ColumnWriter:
-    """Appends rows to one array, in writes that end on chunk borders so that each chunk is encoded once."""
-
-    def __init__(self, array: ts.TensorStore, rows: int):
-        self._array = array  # longer than ``rows`` after a torn append, whose rows are written over or cut off
-        self._chunk: int = array.spec().to_json()["metadata"]["chunk_grid"]["configuration"]["chunk_shape"][0]
-        self._pending: list[ts.WriteFutures] = []
-        self._buffer: list[np.ndarray] = []
-        self._written = self.rows = rows
-
-    def append(self, rows: np.ndarray) -> None:
-        self._buffer.append(rows.copy())
-        self.rows += len(rows)
-        border = self.rows // self._chunk * self._chunk
-        if border > self._written:
-            self._write(border)
-
-    def finish(self) -> None:
-        """Writes what is left and returns when everything is on disk."""
-        if self.rows > self._written:
-            self._write(self.rows)
-        self._wait(0)
-        self._array = self._array.resize(exclusive_max=[self.rows, *self._array.shape[1:]]).result()
-
-    def discard(self, rows: int) -> None:
-        """Cuts the array back to ``rows`` if the disk lets it: rows that no index names do no harm."""
-        for write in self._pending:
-            write.exception()
-        self._array.resize(exclusive_max=[rows, *self._array.shape[1:]]).exception()
-
-    def _write(self, end: int) -> None:
-        rows = np.concatenate(self._buffer)
-        first = self._written
-        if end > self._array.shape[0]:
-            # Room to grow into, since each change of the shape rewrites the array's metadata.
-            capacity = max(end, 2 * self._array.shape[0])
-            self._array = self._array.resize(exclusive_max=[capacity, *self._array.shape[1:]]).result()
-        while self._written < end:
-            stop = min(end, (self._written // self._chunk + 1) * self._chunk)
-            chunk = rows[self._written - first : stop - first]
-            self._pending.append(self._array[self._written : stop].write(chunk))
-            self._written = stop
-            self._wait(WRITES_AHEAD)
-        self._buffer = [rows[end - first :].copy()]
-
-    def _wait(self, most: int) -> None:
-        while len(self._pending) > most:
-            self._pending.pop(0).result()
-
-
-def _rows(episode: Episode) -> dict[str, np.ndarray]:
-    return {
-        "video": episode.video,
-        **{f"action/{name}": value for name, value in episode.action.items()},
-        "reward": episode.reward,
-        "is_first": episode.is_first,
-        "is_terminal": episode.is_terminal,
-        **{f"state/{name}": value for name, value in episode.state.items()},
-    }
-
-
-def _group(columns: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in columns.items() if name.startswith(prefix)}
-
-
-def _check_rows(episode_id: str, rows: Mapping[str, np.ndarray], schema: Schema, *, at_start: bool) -> None:
-    """Refuses what does not fit the schema, actions outside their space, and a start that is not aligned."""
-    where = f"episode {episode_id!r}"
-    columns = schema.columns()
-    if rows.keys() != columns.keys():
-        odd = ", ".join(sorted(rows.keys() ^ columns.keys()))
-        raise UserError(f"{where} and the data set's schema do not have the same columns: only one has {odd}")
-    for name, column in columns.items():
-        found, expected = (rows[name].shape, rows[name].dtype), ((len(rows["video"]), *column.shape), column.dtype)
-        if found != expected:
-            raise UserError(f"{where}: {name} is {found[1]} {found[0]}, expected {expected[1]} {expected[0]}")
-    check_actions(schema.actions, _group(rows, "action/"), where)
-    is_first = rows["is_first"]
-    if is_first[1:].any() or (len(is_first) and bool(is_first[0]) != at_start):
-        raise UserError(f"{where}: is_first must be true for its first frame and no other")
-    if at_start and any(rows[name][:1].any() for name in columns if name == "reward" or name.startswith("action/")):
-        raise UserError(f"{where}: the first frame must have the null action and no reward, since nothing led to it")
-
-
-def _check_same_schema(path: Path, old: Schema, new: Schema) -> None:
-    found, expected = _schema_to_json(new), _schema_to_json(old)
-    for field in expected:
-        if found[field] != expected[field]:
-            there, here = json.dumps(expected[field]), json.dumps(found[field])
-            raise UserError(f"cannot append to {path}: {field} is {there} there and {here} in the new episodes")
-
-
-def _create_array(folder: Path, name: str, column: Column) -> ts.TensorStore:
-    row_bytes = int(np.prod(column.shape)) * column.dtype.itemsize
-    chunk = int(np.clip(CHUNK_BYTES // row_bytes, *FRAMES_PER_CHUNK)) if name == "video" else ROWS_PER_CHUNK
-    metadata = {
-        "shape": [0, *column.shape],
-        "data_type": column.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk, *column.shape]}},
-        # One flat folder of chunks instead of a folder per dimension.
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        # The checksum turns a flipped bit into an error rather than a wrong frame.
-        "codecs": [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "zstd", "configuration": {"level": ZSTD_LEVEL}},
-            {"name": "crc32c"},
-        ],
-    }
-    return ts.open(_spec(folder / name) | {"metadata": metadata}, create=True).result()
-
-
-def _open_arrays(path: Path, schema: Schema, frames: int, context: ts.Context) -> dict[str, ts.TensorStore]:
+def open_arrays(path: Path, schema: Schema, frames: int, context: ts.Context) -> dict[str, ts.TensorStore]:
     arrays = {}
     for name, column in schema.columns().items():
         if not (path / name / "zarr.json").exists():
             raise UserError(f"{path} lacks the array {name} that its index names")
-        array = _await(ts.open(_spec(path / name), context=context), path)
+        array = _await(ts.open(array_spec(path / name), context=context), path)
         found = (array.dtype.name, array.shape[1:])
         if found != (column.dtype.name, column.shape):
             raise UserError(
@@ -473,7 +230,7 @@ def _open_arrays(path: Path, schema: Schema, frames: int, context: ts.Context) -
     return arrays
 
 
-def _spec(path: Path) -> dict[str, Any]:
+def array_spec(path: Path) -> dict[str, Any]:
     return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
 
 
@@ -481,35 +238,19 @@ def _await(future, path: Path) -> Any:
     try:
         return future.result()
     except ValueError as e:
-        raise UserError(f"{path} is damaged: {_reason(e)}") from None
+        raise UserError(f"{path} is damaged: {reason(e)}") from None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The error's own words, without the specification that tensorstore adds to them."""
     return str(error).split(" [tensorstore_spec")[0].split(" [source locations")[0]
 
 
-def _write_index(folder: Path, index: Index) -> None:
-    new = folder / "index.json.new"
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(_index_to_json(index), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(folder / "index.json")
-    _sync_folder(folder)
+def group_columns(columns: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in columns.items() if name.startswith(prefix)}
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # By now the new name is in force; a file system that cannot sync folders is no reason to take it back.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _schema_to_json(schema: Schema) -> dict[str, Any]:
+def schema_to_json(schema: Schema) -> dict[str, Any]:
     return {
         "frame": list(schema.frame),
         "frame_rate": schema.frame_rate,
@@ -519,11 +260,11 @@ def _schema_to_json(schema: Schema) -> dict[str, Any]:
     }
 
 
-def _index_to_json(index: Index) -> dict[str, Any]:
+def index_to_json(index: Index) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        **_schema_to_json(index.schema),
+        **schema_to_json(index.schema),
         "sources": list(index.sources),
         "counts": {"episodes": len(index.episodes), "frames": index.frames},
         "episodes": [dataclasses.asdict(e) for e in index.episodes],

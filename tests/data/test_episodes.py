@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dreamer4.batch import ActionComponent
-from dreamer4.data import episodes
-from dreamer4.data.episodes import Column, Episode, EpisodeStore, EpisodeWriter, Schema, read_index, split_of
+from dreamer4.data.episodes import Column, Episode, EpisodeStore, Schema, read_index, split_of
+from dreamer4.data.writer import WRITES_AHEAD, EpisodeWriter, _write_index
 from dreamer4.errors import UserError
 
 SCHEMA = Schema(
@@ -104,7 +104,7 @@ def test_the_writer_holds_no_more_than_the_chunk_it_fills(tmp_path):
             writer.add(f"e{i}", make_episode(i, 50))
             column = writer._columns["video"]
             assert sum(len(rows) for rows in column._buffer) < column._chunk
-            assert len(column._pending) <= episodes.WRITES_AHEAD
+            assert len(column._pending) <= WRITES_AHEAD
 
 
 def test_a_caller_may_reuse_its_arrays(tmp_path):
@@ -153,7 +153,7 @@ def test_the_index_comes_last(tmp_path, monkeypatch, append):
     if append:
         write(tmp_path / "a", [10])
     lengths = [10, 50] if append else [50]
-    write_index = episodes._write_index
+    write_index = _write_index
     published = []
 
     def write_and_look(folder, index):
@@ -161,7 +161,7 @@ def test_the_index_comes_last(tmp_path, monkeypatch, append):
         store = EpisodeStore(folder)
         published.append(store.episode(store.index.episodes[-1]))
 
-    monkeypatch.setattr(episodes, "_write_index", write_and_look)
+    monkeypatch.setattr("dreamer4.data.writer._write_index", write_and_look)
     write(tmp_path / "a", lengths[-1:], first=int(append), append=append)
     assert_equal(published[0], make_episode(int(append), 50))
     assert_holds(tmp_path / "a", lengths)
@@ -249,6 +249,13 @@ def test_splits_are_a_matter_of_the_id_alone():
     assert {i: split_of(i) for i in ("e0", "e3", "e6")} == {"e0": "train", "e3": "validation", "e6": "test"}
     shares = [[split_of(f"episode {i}") for i in range(5000)].count(s) / 5000 for s in ("train", "validation", "test")]
     np.testing.assert_allclose(shares, [0.8, 0.1, 0.1], atol=0.015)
+
+
+def test_ten_parts_of_a_cut_recording_have_all_splits():
+    parts = [split_of("drive 7"), *(split_of(f"drive 7#{i}") for i in range(1, 40))]
+    for first in range(31):
+        ten = parts[first : first + 10]
+        assert [ten.count(s) for s in ("train", "validation", "test")] == [8, 1, 1]
 
 
 BAD_EPISODES = {
@@ -354,7 +361,7 @@ def test_actions_that_another_program_wrote_are_checked(tmp_path, monkeypatch, n
     episode = make_episode(0, 10)
     episode.action[name][3] = value
     with monkeypatch.context() as patch, EpisodeWriter(tmp_path / "a", SCHEMA, SOURCE) as writer:
-        patch.setattr(episodes, "check_actions", lambda *_: None)
+        patch.setattr("dreamer4.data.writer.check_actions", lambda *_: None)
         writer.add("e0", episode)
     with pytest.raises(UserError) as error:
         EpisodeStore(tmp_path / "a")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dreamer4.batch import ActionComponent
-from dreamer4.data.episodes import Column, Episode, EpisodeStore, EpisodeWriter, Schema, split_of
+from dreamer4.data.episodes import Column, Episode, EpisodeStore, Schema, split_of
 from dreamer4.data.loader import StoreSource, shows_actions
+from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 
 SHAPES = ((3, 4), (3, 4), (2, 8))
