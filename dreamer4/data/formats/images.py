@@ -1,0 +1,71 @@
+"""Pictures from outside: any still image to RGB, and frames brought to one size and number of channels."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+MAX_PIXELS = 2**26  # 8192 x 8192: a file that declares more is refused before anything of it is decoded
+
+
+class BadImageError(Exception):
+    """A picture that cannot be read; its text is a reason without names or sizes, so that a report can count it."""
+
+
+def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture in a file's content, as RGB.
+
+    Gray, palette and 1-bit pictures become RGB, 16-bit ones keep their high byte, and what is transparent lies on
+    black. Raises BadImageError for content that is empty, no picture of ``FORMATS``, truncated, damaged, animated, or
+    larger than ``MAX_PIXELS`` by its own declaration.
+    """
+    if not data:
+        raise BadImageError("empty file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadImageError("picture of too many pixels")
+        if getattr(image, "n_frames", 1) > 1:
+            raise BadImageError("animated picture")
+        if image.format == "PNG":
+            Image.open(io.BytesIO(data), formats=FORMATS).verify()  # the checksums, which decoding does not look at
+        return _to_rgb(image)
+    except Image.DecompressionBombError:
+        raise BadImageError("picture of too many pixels") from None
+    except Image.UnidentifiedImageError:
+        raise BadImageError("no picture") from None
+    # What Pillow raises on damaged files; it documents no common class.
+    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, struct.error, zlib.error):
+        raise BadImageError("damaged picture") from None
+
+
+def fit_image(
+    image: UInt8[np.ndarray, "H W C"], size: tuple[int, int] | None, gray: bool
+) -> UInt8[np.ndarray, "H2 W2 C2"]:
+    """The frame in ``size`` (height, width), where one is given, and in one channel (ITU-R 601 luma) for ``gray``.
+
+    Shrinking averages over areas, so that small objects fade rather than vanish; growing interpolates.
+    """
+    if gray and image.shape[-1] == 3:
+        image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    if size is None or image.shape[:2] == size:
+        return image
+    shrinks = size[0] <= image.shape[0] and size[1] <= image.shape[1]
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    resized = picture.resize((size[1], size[0]), Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR)
+    return np.asarray(resized).reshape(*size, image.shape[-1])
+
+
+def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip to white
+        gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=-1)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        top = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", top.size, (0, 0, 0, 255)), top)
+    return np.asarray(image.convert("RGB"))
