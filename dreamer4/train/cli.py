@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import jax
 import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dreamer4.errors import UserError
 from dreamer4.train.environment import prepare_process
@@ -69,6 +71,19 @@ def open_sinks(options: RunOptions, resolved: dict[str, Any], start: int) -> lis
     if options.wandb:
         sinks.append(WandB(options.run_dir, resolved))
     return sinks
+
+
+def progress_bar(*columns: str) -> Progress:
+    """A bar for long work, on stderr; ``columns`` are shown behind the count, and may name a task's fields."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *(TextColumn(column) for column in columns),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
 
 
 def main(run: Callable[[], Any], compilation_cache: bool = True) -> None:
