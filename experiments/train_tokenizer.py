@@ -184,7 +184,9 @@ def open_data(
 def make_objective(config: Config, spec: BatchSpec) -> tuple[MaskedAutoencoding, dict | None]:
     """The objective for frames of ``spec``, and the weights of its perceptual term."""
     model = Tokenizer(config.tokenizer, spec.height, spec.width, spec.channels)
-    model.grid  # noqa: B018 (a patch that does not fit says so here, before anything starts)
+    rows, columns = (cells * config.tokenizer.patch for cells in model.grid)
+    if (rows, columns) != (spec.height, spec.width):
+        print(f"frames of {spec.height} x {spec.width} are padded to {rows} x {columns}, which the patch divides")
     net, weights, distance = config.perceptual.net, None, None
     if net != "off":
         if config.perceptual.weights is None and not available(net):

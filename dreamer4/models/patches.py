@@ -5,24 +5,29 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, UInt8
 
-from dreamer4.errors import UserError
-
 
 def patch_grid(height: int, width: int, patch: int) -> tuple[int, int]:
-    """Rows and columns of patches; a ``UserError`` if they do not cover the frame exactly."""
-    if patch < 1 or height % patch or width % patch:
-        raise UserError(f"patch: {patch} pixels must divide the frame's height and width, {height} x {width}")
-    return height // patch, width // patch
+    """Rows and columns of patches that cover the frame; the last ones may reach beyond it."""
+    return -(-height // patch), -(-width // patch)
 
 
 def patchify(video: Float[Array, "B T H W C"], patch: int) -> Float[Array, "B T N D"]:
-    """Row by row of patches, each flattened to D = patch * patch * C numbers."""
-    return rearrange(video, "b t (h p) (w q) c -> b t (h w) (p q c)", p=patch, q=patch)
+    """Row by row of patches, each flattened to D = patch * patch * C numbers.
+
+    Where the patch does not divide the frame, its last row and column of pixels go on below and to the right.
+    """
+    height, width = video.shape[2:4]
+    rows, columns = patch_grid(height, width, patch)
+    beyond = ((0, 0), (0, 0), (0, rows * patch - height), (0, columns * patch - width), (0, 0))
+    padded = jnp.pad(video, beyond, mode="edge") if (rows * patch, columns * patch) != (height, width) else video
+    return rearrange(padded, "b t (h p) (w q) c -> b t (h w) (p q c)", p=patch, q=patch)
 
 
-def unpatchify(patches: Float[Array, "B T N D"], patch: int, grid: tuple[int, int]) -> Float[Array, "B T H W C"]:
-    """The frames of which ``patchify`` makes these patches."""
-    return rearrange(patches, "b t (h w) (p q c) -> b t (h p) (w q) c", p=patch, q=patch, h=grid[0])
+def unpatchify(patches: Float[Array, "B T N D"], patch: int, size: tuple[int, int]) -> Float[Array, "B T H W C"]:
+    """The frames of ``size`` (height, width) of which ``patchify`` makes these patches; what lies beyond is cut off."""
+    rows, _ = patch_grid(*size, patch)
+    video = rearrange(patches, "b t (h w) (p q c) -> b t (h p) (w q) c", p=patch, q=patch, h=rows)
+    return video[:, :, : size[0], : size[1]]
 
 
 def to_float(video: UInt8[Array | np.ndarray, "*lead"]) -> Float[Array, "*lead"]:

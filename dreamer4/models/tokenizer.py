@@ -34,7 +34,7 @@ class TokenizerConfig:
     """Sizes of the tokenizer; ``transformer`` is the encoder's and the decoder's alike."""
 
     patch: int = 4
-    """Side of a patch in pixels; it must divide the frame."""
+    """Side of a patch in pixels. Frames that it does not divide are padded for the encoder, and cut back after."""
     latents: int = 16
     """Latent tokens per frame."""
     bottleneck: int = 32
@@ -125,7 +125,7 @@ class Tokenizer(nn.Module):
         queries = jnp.broadcast_to(self.patch_queries, (*known.shape[:2], *self.patch_queries.shape))
         tokens, cache = self.decoder(jnp.concatenate([known, queries.astype(known.dtype)], axis=2), cache)
         patches = self.to_pixels(tokens[:, :, c.latents :]).astype(jnp.float32)
-        return unpatchify(patches / 2 + 0.5, c.patch, self.grid), cache
+        return unpatchify(patches / 2 + 0.5, c.patch, (self.height, self.width)), cache
 
     def __call__(
         self, video: Float[Array, "B T H W C"], masked: Bool[Array, "B T N"] | None = None

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import importlib.util
+import math
 from pathlib import Path
 
 import jax
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamer4.errors import UserError
 from dreamer4.models.patches import cosine_basis, patchify, sinusoids
 from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, init_tokenizer, reconstruct, tokenizer_flops
 from dreamer4.nn.transformer import TransformerConfig, parameter_count
@@ -201,19 +201,23 @@ def test_structured_start(start):
         np.testing.assert_array_equal(maps["gain"], np.full((1, 2), 4.0))
 
 
-@pytest.mark.parametrize(("height", "width", "channels", "patch"), [(32, 32, 3, 8), (16, 24, 1, 4), (210, 160, 3, 10)])
+@pytest.mark.parametrize(("height", "width", "channels", "patch"), [(32, 32, 3, 8), (16, 24, 1, 4), (210, 160, 3, 16)])
 def test_frames_of_any_size_come_back(height, width, channels, patch):
     model = Tokenizer(dataclasses.replace(CONFIG, patch=patch), height, width, channels)
     params = jax.eval_shape(functools.partial(init_tokenizer, model), jax.random.key(0))
     video = jax.ShapeDtypeStruct((2, 3, height, width, channels), jnp.float32)
     painted = jax.eval_shape(functools.partial(reconstruct, model), params, video)
     assert (painted.shape, painted.dtype) == (video.shape, video.dtype)
-    assert model.grid == (height // patch, width // patch)
+    assert model.grid == (math.ceil(height / patch), math.ceil(width / patch))
 
 
-def test_a_patch_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="patch: 2 pixels must divide the frame's height and width, 4 x 7"):
-        Tokenizer(CONFIG, height=4, width=7).grid  # noqa: B018 (a property that raises)
+def test_padding_beyond_the_frame_teaches_nothing_and_changes_no_pixel():
+    model = Tokenizer(dataclasses.replace(CONFIG, patch=4), height=6, width=9)
+    params = init_tokenizer(model, jax.random.key(0))
+    video = jax.random.uniform(jax.random.key(1), (1, 2, 6, 9, 3))
+    whole = jnp.pad(video, ((0, 0), (0, 0), (0, 2), (0, 3), (0, 0)), mode="edge")
+    larger = dataclasses.replace(model, height=8, width=12)
+    np.testing.assert_array_equal(reconstruct(model, params, video), reconstruct(larger, params, whole)[:, :, :6, :9])
 
 
 def test_bfloat16_is_near_float32(params):

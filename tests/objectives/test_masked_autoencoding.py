@@ -44,7 +44,7 @@ class Copier(Tokenizer):
     def __call__(self, video, masked=None):
         patches = patchify(video, PATCH)
         shown = patches if masked is None else jnp.where(masked[..., None], 0.0, patches)
-        return unpatchify(shown, PATCH, self.grid)
+        return unpatchify(shown, PATCH, (self.height, self.width))
 
 
 def objective(model=Canvas, **fields):
