@@ -34,7 +34,7 @@ class Frame:
 
     name: str
     image: UInt8[np.ndarray, "H W C"]
-    action: Mapping[str, Shaped[np.ndarray, "..."]] = dataclasses.field(default_factory=dict)
+    action: Mapping[str, Shaped[np.ndarray, "..."] | np.generic | float] = dataclasses.field(default_factory=dict)
     reward: float = 0.0
     is_terminal: bool = False
     time: float | None = None
@@ -250,7 +250,7 @@ class _Intake:
                 self.report.thinned += 1
                 continue
             yield dataclasses.replace(event, reward=reward)
-            due, reward = max(due + 1 / fps, time + 0.5 / fps), 0.0
+            due, reward = None if event.is_terminal else max(due + 1 / fps, time + 0.5 / fps), 0.0
 
     def _fitted(self, events: Iterator[Event]) -> Iterator[Event]:
         """Frames of one size, the first one's where none is asked for."""
