@@ -334,16 +334,16 @@ def _schema(footage: Footage, options: IngestOptions, frame: tuple[int, ...], ou
 
 
 def _shifted(events: Iterable[Event]) -> Iterator[Event]:
-    """Actions and rewards that followed their frames, moved to the frames that they led to."""
-    last = None
+    """Actions and rewards that followed their frames, moved to the frames that they led to.
+
+    What led to the first frame of a run does not matter: it is null in the end.
+    """
+    before = None
     for event in events:
-        if not isinstance(event, Frame):
-            last = None
-            yield event
-            continue
-        led = {"action": last.action, "reward": last.reward} if last else {"action": {}, "reward": 0.0}
-        yield dataclasses.replace(event, **led)
-        last = event
+        if isinstance(event, Frame):
+            before, led = event, before or event
+            event = dataclasses.replace(event, action=led.action, reward=led.reward)
+        yield event
 
 
 def _finite(events: Iterable[Event]) -> Iterator[Event]:

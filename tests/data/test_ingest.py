@@ -145,10 +145,10 @@ def test_a_lower_frame_rate_keeps_the_first_frame_of_each_tick(tmp_path):
 
 
 def test_a_source_without_times_is_thinned_by_its_stated_rate(tmp_path):
-    events = [frame(i, is_terminal=i == 6) for i in range(9)]
-    options = dataclasses.replace(WHOLE, fps=10.0, source_fps=40.0)
+    events = [Lost("1", "damaged") if i == 1 else frame(i, is_terminal=i == 6) for i in range(9)]
+    options = dataclasses.replace(WHOLE, fps=10.0, source_fps=40.0, tolerate=True)
     ingest(footage(events), tmp_path / "a", options, SOURCE)
-    assert shown(tmp_path / "a") == {"r0": [0, 4, 6], "r0#1": [7]}
+    assert shown(tmp_path / "a") == {"r0": [0], "r0#1": [2, 6], "r0#2": [7]}
 
 
 @pytest.mark.parametrize(
