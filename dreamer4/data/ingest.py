@@ -75,12 +75,16 @@ class Recording:
 
 @dataclasses.dataclass(frozen=True)
 class Footage:
-    """A source, open: ``frame_rate`` is in frames per second, 0 where the source does not tell."""
+    """A source, open: ``frame_rate`` is in frames per second, 0 where the source does not tell.
+
+    ``notes`` are sentences on what its reader made of it that its user should know.
+    """
 
     recordings: Sequence[Recording]
     actions: ActionSpace = ()
     action_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     frame_rate: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
