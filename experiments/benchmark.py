@@ -58,6 +58,8 @@ class TokenizerBenchmark(Benchmark):
 
     preset: str = "reference"
     """Preset of train_tokenizer.py to measure."""
+    data: Path | None = None
+    """Data set to train on, in place of the preset's."""
     steps: int = 10
     """Steps in a round, rounded up to whole turns through the preset's batch shapes."""
 
@@ -68,6 +70,8 @@ class DynamicsBenchmark(Benchmark):
 
     preset: str = "reference"
     """Preset of train_dynamics.py to measure, with an untrained tokenizer of its tokenizer's preset."""
+    data: Path | None = None
+    """Data set to train on, in place of the preset's."""
     steps: int = 10
     """Steps in a round, rounded up to whole turns through the preset's batch shapes."""
 
@@ -87,7 +91,7 @@ class GenerateBenchmark(Benchmark):
 
 def benchmark_tokenizer(options: TokenizerBenchmark) -> dict[str, Any]:
     """Rates of the tokenizer's training step, as the training loop runs it."""
-    config = _preset(train_tokenizer.PRESETS, options.preset)
+    config = _preset(train_tokenizer.PRESETS, options)
     source = train_tokenizer.make_source(config)
     objective, weights = train_tokenizer.make_objective(config, source.spec)
 
@@ -99,7 +103,7 @@ def benchmark_tokenizer(options: TokenizerBenchmark) -> dict[str, Any]:
 
 def benchmark_dynamics(options: DynamicsBenchmark) -> dict[str, Any]:
     """Rates of the dynamics' training step, encoder and bootstrap included."""
-    config = _preset(train_dynamics.PRESETS, options.preset)
+    config = _preset(train_dynamics.PRESETS, options)
     objective, source, weights = _untrained(config)
     return benchmark_steps(
         options, config, objective, source, weights, functools.partial(train_dynamics.step_flops, objective)
@@ -202,10 +206,12 @@ def _untrained(config: train_dynamics.Config) -> tuple[ShortcutForcing, Source, 
     return objective, source, jax.jit(functools.partial(init_tokenizer, tokenizer))(jax.random.key(0))
 
 
-def _preset(presets: Mapping[str, tuple[str, Any]], name: str) -> Any:
-    if name not in presets:
-        raise UserError(f"preset: {name!r} found; there are {', '.join(presets)}")
-    return presets[name][1]
+def _preset(presets: Mapping[str, tuple[str, Any]], options: TokenizerBenchmark | DynamicsBenchmark) -> Any:
+    """The preset asked for, on the data asked for."""
+    if options.preset not in presets:
+        raise UserError(f"preset: {options.preset!r} found; there are {', '.join(presets)}")
+    config = presets[options.preset][1]
+    return config if options.data is None else dataclasses.replace(config, data=options.data)
 
 
 def matmul_rate(dtype: str) -> float:

@@ -57,6 +57,8 @@ class Options:
 
     run: Path = Path("runs/dynamics")
     """Run of train_dynamics.py; its best checkpoint is taken."""
+    data: Path | None = None
+    """Data set to take clips from; where none is given, what the run was trained on."""
     clips: int = 64
     """Held-out clips, the same at each call."""
     context: int = 8
@@ -140,15 +142,16 @@ def choose_steps(asked: Sequence[int], k_max: int) -> list[int]:
 
 
 def held_out(trained: TrainedDynamics, options: Options, horizon: Horizon) -> Batch:
-    """The clips to continue, from the data that the run was trained on: its toy world or its data set."""
+    """The clips to continue, from the data set asked for or the run's own, which may be its toy world."""
     config, shapes = trained.config, ((1, horizon.end),)
-    if config["data"] is None:
+    data = options.data or config["data"]
+    if data is None:
         toy = from_json(ToyConfig, config["toy"], f"{options.run}: toy")
         source = ToySource(toy, shapes, config["train"]["seed"])
-    elif Path(config["data"]).exists():
-        source = StoreSource(config["data"], shapes, config["train"]["seed"], options.split)
+    elif options.data is None and not Path(data).exists():
+        raise UserError(f"{options.run}: its data set {data} is not there")
     else:
-        raise UserError(f"{options.run}: its data set {config['data']} is not there")
+        source = StoreSource(data, shapes, config["train"]["seed"], options.split)
     check_frames(trained.tokenizer, source.spec, options.run)
     if source.spec.actions != trained.model.actions:
         raise UserError(f"data: actions {source.spec.actions} found, {trained.model.actions} expected, as in the run")

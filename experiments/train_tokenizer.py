@@ -43,7 +43,7 @@ class Config:
 
     run: Annotated[RunOptions, tyro.conf.OmitArgPrefixes] = RunOptions(Path("runs/tokenizer"))
     data: Path | None = None
-    """Data set to train on (a folder that record.py made); without one, the toy world."""
+    """Data set to train on (a folder that record.py or ingest.py made); without one, the toy world."""
     toy: ToyConfig = ToyConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     masking: MaskingConfig = MaskingConfig()

@@ -268,6 +268,13 @@ def test_clips_of_a_run_on_a_data_set_are_held_out_from_it(scripts, store_run):
     assert clips.state == {}
 
 
+def test_clips_come_from_the_data_set_asked_for(scripts, run, store_run):
+    own, other = store_run
+    np.testing.assert_array_equal(
+        clips_of(scripts, run, *QUICK, "--data", other).video, clips_of(scripts, own, *QUICK).video
+    )
+
+
 def test_clips_are_those_of_training_and_the_same_at_each_call(scripts, run):
     once, again = (clips_of(scripts, run, *QUICK, "--seed", seed).video for seed in (0, 1))
     np.testing.assert_array_equal(once, again)
