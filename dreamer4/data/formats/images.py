@@ -1,8 +1,11 @@
 """Pictures from outside: any still image to RGB, and frames brought to one size and number of channels."""
 
 import io
+import stat
 import struct
+import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -10,10 +13,29 @@ from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 MAX_PIXELS = 2**26  # 8192 x 8192: a file that declares more is refused before anything of it is decoded
+MAX_BYTES = 2**28  # a file of more is refused unread
 
 
 class BadImageError(Exception):
     """A picture that cannot be read; its text is a reason without names or sizes, so that a report can count it."""
+
+
+def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture in a file, as RGB.
+
+    Raises BadImageError for what is no regular file, cannot be read or is larger than ``MAX_BYTES``, and as
+    ``decode_image`` does.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise BadImageError("not a file")
+        if status.st_size > MAX_BYTES:
+            raise BadImageError("file too large for a picture")
+        data = path.read_bytes()
+    except OSError:
+        raise BadImageError("file that cannot be read") from None
+    return decode_image(data)
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
@@ -26,15 +48,9 @@ def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     if not data:
         raise BadImageError("empty file")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise BadImageError("picture of too many pixels")
-        if getattr(image, "n_frames", 1) > 1:
-            raise BadImageError("animated picture")
-        if image.format == "PNG":
-            Image.open(io.BytesIO(data), formats=FORMATS).verify()  # the checksums, which decoding does not look at
-        return _to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of sizes that are refused here and of metadata
+            return _decode(data)
     except Image.DecompressionBombError:
         raise BadImageError("picture of too many pixels") from None
     except Image.UnidentifiedImageError:
@@ -59,6 +75,18 @@ def fit_image(
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     resized = picture.resize((size[1], size[0]), Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR)
     return np.asarray(resized).reshape(*size, image.shape[-1])
+
+
+def _decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImageError("picture of too many pixels")
+    if getattr(image, "n_frames", 1) > 1:
+        raise BadImageError("animated picture")
+    if image.format == "PNG":
+        Image.open(io.BytesIO(data), formats=FORMATS).verify()  # the checksums, which decoding does not look at
+    return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
