@@ -36,8 +36,12 @@ def find_component(values: Mapping[str, Shaped[np.ndarray, "N ..."]], name: str 
 
 
 def as_component(values: Shaped[np.ndarray, "N ..."], component: ActionComponent) -> Shaped[np.ndarray, "N ..."]:
-    """Values that ``find_component`` saw, in the shape and type in which ``component`` is stored."""
-    return values.reshape(len(values), *component.shape).astype(component.dtype)
+    """Values that ``find_component`` saw, in the shape and type in which ``component`` is stored.
+
+    Numbers beyond float32 become infinite.
+    """
+    with np.errstate(over="ignore"):
+        return values.reshape(len(values), *component.shape).astype(component.dtype)
 
 
 def _component(values: np.ndarray, where: str, name: str) -> ActionComponent:
