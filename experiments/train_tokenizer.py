@@ -176,7 +176,8 @@ def open_data(
     if not data.exists():
         raise UserError(
             f"data: there is no {data}; record one with"
-            f" uv run --extra atari experiments/record.py atari --game Breakout --episodes 30 --out {data}"
+            f" uv run --extra atari experiments/record.py atari --game Breakout --episodes 30 --out {data},"
+            " or make one of recordings with experiments/ingest.py"
         )
     return StoreSource(data, train.shapes, train.seed, label_fraction=label_fraction)
 

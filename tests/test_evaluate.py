@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 import tyro
 
-from dreamer4.batch import ActionComponent
-from dreamer4.data.episodes import Episode, Schema, split_of
-from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 from dreamer4.train.checkpoint import Checkpoints
 from dreamer4.train.cli import choose_preset
+from stores import ids_of, write_store
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 QUICK = ("--clips", "5", "--context", "2", "--horizon", "4")
@@ -233,25 +231,12 @@ def test_the_commands_as_they_are_typed(tmp_path):
 # ----- data sets -----
 
 
-def write_store(path, lengths, *, action=5, labelled=True, size=16):
-    """A data set of noise, all of it for validation but one training episode."""
-    schema = Schema((size, size, 3), (ActionComponent("action", "categorical", action),))
-    names = [name for n in range(1000) if split_of(name := f"episode-{n}") == "validation"][: len(lengths)]
-    names.append(next(name for n in range(1000) if split_of(name := f"episode-{n}") == "train"))
-    rng = np.random.default_rng(0)
-    with EpisodeWriter(path, schema, {"made": "by a test"}) as writer:
-        for name, length in zip(names, [*lengths, 50], strict=True):
-            first = np.arange(length) == 0
-            video = rng.integers(0, 256, (length, size, size, 3), np.uint8)
-            actions = {"action": np.where(first, 0, rng.integers(0, action, length)).astype(np.int32)}
-            zeros = np.zeros(length, np.float32)
-            writer.add(name, Episode(video, actions, zeros, first, zeros > 0), labelled=labelled)
-    return path
+EPISODES = dict(zip(ids_of("validation", 2) + ids_of("train"), [9, 7, 50], strict=True))
 
 
 @pytest.fixture(scope="module")
 def store_run(make_dynamics, tmp_path_factory):
-    data = write_store(tmp_path_factory.mktemp("data") / "store", [9, 7])
+    data = write_store(tmp_path_factory.mktemp("data") / "store", EPISODES, noise=True)
     return make_dynamics("--data", data), data
 
 
@@ -358,8 +343,8 @@ def test_what_the_data_has_not_is_told(evaluate, store_run, arguments, words):
     ("store", "words"),
     [
         (None, "is not there"),
-        ({"action": 4}, "data: actions .* found, .* expected, as in the run"),
-        ({"size": 24}, r"data: frames of \(24, 24, 3\) found, \(16, 16, 3\) expected"),
+        ({"choices": 4}, "data: actions .* found, .* expected, as in the run"),
+        ({"size": (24, 24)}, r"data: frames of \(24, 24, 3\) found, \(16, 16, 3\) expected"),
         ({"labelled": False}, "data: 5 of 5 clips have no actions"),
     ],
 )
@@ -368,7 +353,7 @@ def test_data_that_changed_since_the_training_are_told(evaluate, store_run, tmp_
     moved = data.rename(tmp_path / "moved")
     try:
         if store is not None:
-            write_store(tmp_path / "other", [9, 7], **store).rename(data)
+            write_store(tmp_path / "other", EPISODES, **store).rename(data)
         assert re.search(words, refused(evaluate, run, *QUICK))
     finally:
         if data.exists():

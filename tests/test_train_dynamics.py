@@ -17,16 +17,13 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from dreamer4.batch import ActionComponent
-from dreamer4.data import episodes
-from dreamer4.data.episodes import Episode, Schema, split_of
-from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 from dreamer4.train import fit as fit_module
 from dreamer4.train.checkpoint import Checkpoints, find, restore_params
 from dreamer4.train.cli import choose_preset
 from dreamer4.train.fit import Stopped
 from dreamer4.train.logging import WALL_CLOCK
+from stores import ids_of, write_store
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STEPS = 6
@@ -333,40 +330,30 @@ def test_parameters_of_another_shape_are_told(train, first, tmp_path):
     assert sentence == (f"{tmp_path}: the checkpoint's parameters are not those of the tokenizer in its configuration")
 
 
-def write_store(path, side=(16, 16), choices=5, action=0):
-    """A data set of a black episode for each split, under one action from its second frame on."""
-    schema = Schema((*side, 3), (ActionComponent("action", "categorical", choices),))
-    names = {split_of(name): name for n in range(100) if (name := f"episode-{n}")}
-    with EpisodeWriter(path, schema, {"made": "by a test"}) as writer:
-        for name in names.values():
-            first = np.arange(60) == 0
-            zeros = np.zeros(60, np.float32)
-            actions = {"action": np.where(first, 0, action).astype(np.int32)}
-            writer.add(name, Episode(np.zeros((60, *schema.frame), np.uint8), actions, zeros, first, zeros > 0))
-    return path
+EPISODES = {ids_of(split)[0]: 60 for split in ("train", "validation", "test")}
 
 
 def test_frames_of_another_size_are_told(train, first, tmp_path):
-    data = write_store(tmp_path / "data", (24, 24))
+    data = write_store(tmp_path / "data", EPISODES, (24, 24))
     sentence = refused(train, tmp_path, "debug", "--tokenizer", first.tokenizer, "--data", data)
     assert sentence == f"data: {FRAMES} {first.tokenizer}"
 
 
 def test_actions_out_of_range_are_told(train, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(episodes, "check_actions", lambda *_: None)
-        data = write_store(tmp_path / "data", action=7)
+        patch.setattr("dreamer4.data.writer.check_actions", lambda *_: None)
+        data = write_store(tmp_path / "data", EPISODES, action=7)
     sentence = refused(train, tmp_path, "debug", "--data", data)
     assert sentence == f"{data}: action/action: 7 found, 0 to 4 expected"
 
 
 @pytest.mark.usefixtures("fitted")
 def test_data_of_other_actions_are_told_to_a_run_that_goes_on(train, first, tmp_path):
-    data, run = write_store(tmp_path / "data"), tmp_path / "run"
+    data, run = write_store(tmp_path / "data", EPISODES), tmp_path / "run"
     command = ("debug", "--tokenizer", first.tokenizer, "--data", data, "--run-dir", run)
     train(*command)
     shutil.rmtree(data)
-    write_store(data, choices=4)
+    write_store(data, EPISODES, choices=4)
     sentence = refused(train, tmp_path, *command)
     assert sentence.startswith(f"{run}: holds a run of another configuration (actions: ")
     assert re.search(r"'size': 5\}\] there, .*'size': 4\}\] asked for", sentence)
@@ -390,7 +377,7 @@ def test_a_refused_command_ends_with_status_2(tmp_path):
 def test_a_dry_run_needs_no_tokenizer(train, tmp_path, monkeypatch, capsys, preset, low, high):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "jit", JIT)  # nothing is compiled, and a step inside another function takes no options
-    data = ("--data", write_store(tmp_path / "data", (210, 160))) if preset == "atari" else ()
+    data = ("--data", write_store(tmp_path / "data", EPISODES, (210, 160))) if preset == "atari" else ()
     train(preset, *data, "--dry-run")
     out = capsys.readouterr().out
     parameters = re.search(r"^parameters +([\d.,]+) M, and [\d.,]+ M of the tokenizer$", out, re.MULTILINE)

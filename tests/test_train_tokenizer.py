@@ -15,18 +15,17 @@ import jax
 import numpy as np
 import pytest
 
-from dreamer4.batch import ActionComponent
-from dreamer4.data.episodes import Episode, Schema, split_of
-from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 from dreamer4.train.checkpoint import restore_params
 from dreamer4.train.cli import choose_preset
 from dreamer4.train.logging import WALL_CLOCK
 from dreamer4.train.run_folder import RunFolder
+from stores import ids_of, write_store
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "train_tokenizer.py"
 STEPS = 1500  # long enough to be caught underway
 RHYTHMS = {"--train.log-every": 10, "--train.checkpoint-every": 150, "--train.eval-every": 750}
+(TRAIN,), (VALIDATION,) = ids_of("train"), ids_of("validation")
 RUN = ["debug", "--train.steps", str(STEPS), *(str(x) for item in RHYTHMS.items() for x in item)]
 
 
@@ -182,7 +181,7 @@ def test_a_folder_of_another_configuration_is_left_alone(runs, train):
     ("arguments", "sentence"),
     [
         (["tooy"], "preset: 'tooy' found; did you mean toy?"),
-        (["debug", "--tokenizer.patch", "7"], r"patch.* 7 .*16"),
+        (["debug", "--tokenizer.patch", "0"], r"patch: 0 found"),
         (["debug", "--tokenizer.transformer.heads", "3"], r"heads.*3"),
         (["debug", "--train.fsdp", "3"], r"train\.fsdp: 3 must divide the number of devices"),
         (["debug", "--train.accumulate", "3"], r"train\.accumulate: 3 must divide the batch of 4 clips"),
@@ -208,29 +207,13 @@ def test_an_unknown_flag_ends_with_a_suggestion(train, capsys):
     assert "--tokenizer.patch" in capsys.readouterr().err
 
 
-def ids_of(split: str) -> str:
-    return next(name for n in range(1000) if split_of(name := f"episode-{n}") == split)
-
-
-def write_store(path: Path, episodes: dict[str, int], height: int = 16, width: int = 16) -> Path:
-    """A data set of black episodes: their ids and lengths."""
-    schema = Schema((height, width, 3), (ActionComponent("action", "categorical", 4),))
-    with EpisodeWriter(path, schema, {"made": "by a test"}) as writer:
-        for name, length in episodes.items():
-            first = np.arange(length) == 0
-            action = {"action": np.zeros(length, np.int32)}
-            video = np.zeros((length, height, width, 3), np.uint8)
-            writer.add(name, Episode(video, action, np.zeros(length, np.float32), first, np.zeros(length, bool)))
-    return path
-
-
 def no_index(path: Path) -> None:
     path.mkdir()
     (path / "frames.mp4").write_bytes(b"")
 
 
 def newer(path: Path) -> None:
-    index = write_store(path, {ids_of("train"): 20}) / "index.json"
+    index = write_store(path, {TRAIN: 20}) / "index.json"
     content = json.loads(index.read_text())
     index.write_text(json.dumps(content | {"version": content["version"] + 1}))
 
@@ -240,8 +223,8 @@ def newer(path: Path) -> None:
     [
         (no_index, "data is not a data set"),
         (newer, r"data has format version \d+, this dreamer4 reads version \d+"),
-        (lambda path: write_store(path, {ids_of("validation"): 20}), "data has no train episodes"),
-        (lambda path: write_store(path, {ids_of("train"): 7}), r"longest episode has 7 frames.* window of 8"),
+        (lambda path: write_store(path, {VALIDATION: 20}), "data has no train episodes"),
+        (lambda path: write_store(path, {TRAIN: 7}), r"longest episode has 7 frames.* window of 8"),
     ],
     ids=["no store", "newer format", "empty split", "short episodes"],
 )
@@ -253,7 +236,7 @@ def test_data_that_cannot_be_used_is_told(train, tmp_path, make, sentence):
 
 
 def test_frames_that_the_patch_does_not_divide_train_and_say_so(train, tmp_path, capsys):
-    data = write_store(tmp_path / "data", {ids_of("train"): 20, ids_of("validation"): 20}, 18, 13)
+    data = write_store(tmp_path / "data", {TRAIN: 20, VALIDATION: 20}, (18, 13))
     run = ("--run-dir", tmp_path / "run", "--train.steps", "2", "--train.eval-every", "2")
     train("debug", "--data", data, *run)
     assert "frames of 18 x 13 are padded to 24 x 16" in capsys.readouterr().out
@@ -285,7 +268,7 @@ def test_a_dry_run_tells_what_a_run_would_take(train, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     data = []
     if preset == "atari":
-        data = ["--data", write_store(tmp_path / "data", {ids_of("train"): 40}, 210, 160)]
+        data = ["--data", write_store(tmp_path / "data", {TRAIN: 40}, (210, 160))]
     train(preset, *data, "--dry-run")
     out = capsys.readouterr().out
     parameters = re.search(r"^parameters +([\d.,]+) M$", out, re.MULTILINE)

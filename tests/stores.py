@@ -1,0 +1,39 @@
+"""Small data sets for tests."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dreamer4.batch import ActionComponent
+from dreamer4.data.episodes import Episode, Schema, Split, split_of
+from dreamer4.data.writer import EpisodeWriter
+
+
+def ids_of(split: Split, count: int = 1) -> list[str]:
+    """The first ids, of all there are, that fall into a split."""
+    return [name for n in range(100 * count) if split_of(name := f"episode-{n}") == split][:count]
+
+
+def write_store(
+    path: Path,
+    lengths: Mapping[str, int],
+    size: tuple[int, int] = (16, 16),
+    *,
+    choices: int = 5,
+    action: int | None = None,
+    noise: bool = False,
+    labelled: bool = True,
+) -> Path:
+    """A data set of episodes by id and length, black or of noise, under one action from their second frame on or under
+    random ones."""
+    schema = Schema((*size, 3), (ActionComponent("action", "categorical", choices),))
+    rng = np.random.default_rng(0)
+    with EpisodeWriter(path, schema, {"made": "by a test"}) as writer:
+        for name, length in lengths.items():
+            video = rng.integers(0, 256 if noise else 1, (length, *schema.frame), np.uint8)
+            actions = rng.integers(0, choices, length) if action is None else np.full(length, action)
+            first, zeros = np.arange(length) == 0, np.zeros(length, np.float32)
+            taken = {"action": np.where(first, 0, actions).astype(np.int32)}
+            writer.add(name, Episode(video, taken, zeros, first, zeros > 0), labelled=labelled)
+    return path
