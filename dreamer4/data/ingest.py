@@ -8,6 +8,8 @@ consecutive in an episode only if they were so in the recording.
 import contextlib
 import dataclasses
 import itertools
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -91,23 +93,41 @@ class Footage:
 class IngestOptions:
     """What to make of a source of any format."""
 
-    resize: tuple[int, int] | None = None
-    gray: bool = False
-    fps: float | None = None
-    source_fps: float | None = None
-    max_frames: int | None = None
-    episode_frames: int | None = None
-    action_timing: Literal["before", "after"] = "before"
-    tolerate: bool = False
     append: bool = False
+    """Add to the data set that is there."""
+    resize: str | None = None
+    """HxW: bring all frames to this height and width. Without it, frames of another size than the first are dropped."""
+    gray: bool = False
+    """Keep the brightness alone, in one channel."""
+    fps: float | None = None
+    """Frames per second to keep; a kept frame has the action just before it, and the rewards since the last."""
+    source_fps: float | None = None
+    """Frames per second of a source that does not say (png, npz, some h5)."""
+    max_frames: int | None = None
+    """Stop after this many frames."""
+    episode_frames: int | None = None
+    """Cut episodes at this length. Without it, a source of fewer than ten recordings is cut in ten or more, so that
+    training, validation and test all get some."""
+    action_timing: Literal["before", "after"] = "before"
+    """before: the action (and reward) of a frame is what led to it; after: what was done on seeing it."""
+    tolerate: bool = False
+    """Go on where more than 5 % of the frames cannot be used."""
 
     def __post_init__(self) -> None:
         for name in ("fps", "source_fps", "max_frames", "episode_frames"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name}: {value} found, a number above 0 expected")
-        if self.resize is not None and min(self.resize) < 1:
-            raise UserError(f"resize: {self.resize} found, a height and a width of at least 1 expected")
+        if self.resize is not None and not re.fullmatch("[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", self.resize):
+            raise UserError(f"resize: {self.resize!r} found, HEIGHTxWIDTH expected, as in 64x96")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of the frames, where ``resize`` asks for some."""
+        if self.resize is None:
+            return None
+        height, width = self.resize.split("x")
+        return int(height), int(width)
 
 
 @dataclasses.dataclass
@@ -262,7 +282,7 @@ class _Intake:
             if not isinstance(event, Frame):
                 yield event
                 continue
-            image = fit_image(event.image, self._options.resize, self._options.gray)
+            image = fit_image(event.image, self._options.size, self._options.gray)
             self._size = self._size or image.shape
             if image.shape == self._size:
                 yield dataclasses.replace(event, image=image)

@@ -115,7 +115,7 @@ def test_frames_of_another_size_are_dropped_unless_resized(tmp_path):
     with pytest.raises(TooMuchDroppedError, match=r"33.3% .* 5% .* frame of 8x12x3, not 4x6x3 .* \(1: 1.png\)"):
         ingest(footage(events), tmp_path / "a", WHOLE, SOURCE)
     assert list(tmp_path.iterdir()) == []
-    ingest(footage(events), tmp_path / "a", dataclasses.replace(WHOLE, resize=(2, 3), gray=True), SOURCE)
+    ingest(footage(events), tmp_path / "a", dataclasses.replace(WHOLE, resize="2x3", gray=True), SOURCE)
     assert shown(tmp_path / "a") == {"r0": [0, 1, 2]}
     assert EpisodeStore(tmp_path / "a").index.schema.frame == (2, 3, 1)
 
@@ -164,7 +164,7 @@ def test_frame_rates_that_cannot_be_are_refused(tmp_path, options, rate, message
         ingest(footage([frame(0)], frame_rate=rate), tmp_path / "a", IngestOptions(**options), SOURCE)
 
 
-@pytest.mark.parametrize("field", [{"fps": 0.0}, {"max_frames": -1}, {"episode_frames": 0}, {"resize": (0, 4)}])
+@pytest.mark.parametrize("field", [{"fps": 0.0}, {"max_frames": -1}, {"episode_frames": 0}, {"resize": "0x4"}])
 def test_options_that_cannot_be_are_refused(field):
     with pytest.raises(UserError, match=next(iter(field))):
         IngestOptions(**field)
