@@ -307,7 +307,11 @@ def check_frames(tokenizer: Tokenizer, spec: BatchSpec, where: Path) -> None:
 
 
 def make_objective(config: Config, tokenizer: Tokenizer, spec: BatchSpec) -> ShortcutForcing:
-    """The objective on the latents of ``tokenizer`` under the data's actions."""
+    """The objective on the latents of ``tokenizer`` under the data's actions. A ``UserError`` where it has none."""
+    if not spec.actions:
+        raise UserError(
+            f"data: no actions found in {config.data}, expected some, since dynamics are told what follows them"
+        )
     model = Dynamics(config.dynamics, spec.actions, tokenizer.config.latents, tokenizer.config.bottleneck)
     model.channels  # noqa: B018 (latents that cannot be packed say so here, before anything starts)
     return ShortcutForcing(model, tokenizer, config.forcing, config.train.steps, config.k, config.horizon)

@@ -26,14 +26,15 @@ def write_store(
     labelled: bool = True,
 ) -> Path:
     """A data set of episodes by id and length, black or of noise, under one action from their second frame on or under
-    random ones."""
-    schema = Schema((*size, 3), (ActionComponent("action", "categorical", choices),))
+    random ones. Without ``choices`` there are no actions."""
+    space = (ActionComponent("action", "categorical", choices),) if choices else ()
+    schema = Schema((*size, 3), space)
     rng = np.random.default_rng(0)
     with EpisodeWriter(path, schema, {"made": "by a test"}) as writer:
         for name, length in lengths.items():
             video = rng.integers(0, 256 if noise else 1, (length, *schema.frame), np.uint8)
-            actions = rng.integers(0, choices, length) if action is None else np.full(length, action)
+            actions = rng.integers(0, max(choices, 1), length) if action is None else np.full(length, action)
             first, zeros = np.arange(length) == 0, np.zeros(length, np.float32)
-            taken = {"action": np.where(first, 0, actions).astype(np.int32)}
+            taken = {c.name: np.where(first, 0, actions).astype(np.int32) for c in space}
             writer.add(name, Episode(video, taken, zeros, first, zeros > 0), labelled=labelled)
     return path

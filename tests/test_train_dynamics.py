@@ -339,6 +339,12 @@ def test_frames_of_another_size_are_told(train, first, tmp_path):
     assert sentence == f"data: {FRAMES} {first.tokenizer}"
 
 
+def test_data_without_actions_are_told(train, first, tmp_path):
+    data = write_store(tmp_path / "data", EPISODES, choices=0, labelled=False)
+    sentence = refused(train, tmp_path, "debug", "--tokenizer", first.tokenizer, "--data", data)
+    assert sentence.startswith(f"data: no actions found in {data}")
+
+
 def test_actions_out_of_range_are_told(train, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("dreamer4.data.writer.check_actions", lambda *_: None)
