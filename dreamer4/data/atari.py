@@ -8,19 +8,19 @@ import dataclasses
 import difflib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from dreamer4.batch import ActionComponent
 from dreamer4.data.episodes import Column, Episode, Schema
+from dreamer4.data.policies import HOLD, RANDOM, mixed, parse_mix, undirected
+from dreamer4.data.recording import Step, in_pieces
 from dreamer4.errors import UserError
 
 FRAME = (210, 160, 3)
 EMULATOR_RATE = 60.0
-PIECE = 256  # frames handed on at a time, so that a long episode is never in memory whole
-LONGEST_HOLD = {"random": 1, "hold": 16}
+TRACK = "track"
 
 State = dict[str, np.ndarray]
 
@@ -31,8 +31,10 @@ class AtariConfig:
 
     game: str = "Breakout"
     """Any game that ale-py carries."""
-    policy: Literal["random", "hold"] = "hold"
-    """random: a new action at every step; hold: commit to a random action for 1 to 16 steps."""
+    mix: str = HOLD
+    """Policies and their shares, as in track=0.7,random=0.3: stretches of 16 to 64 steps are played by one of them.
+    random: a new action at every step; hold: commit to a random action for 1 to 16 steps; track: follow the ball, in
+    Breakout and Pong."""
     frame_skip: int = 4
     """Emulator frames (60 a second) per action; only the last one is kept."""
     sticky: float = 0.25
@@ -73,10 +75,68 @@ def pong_state(ram: UInt8[np.ndarray, "128"]) -> State:
 STATES: dict[str, Callable[[np.ndarray], State]] = {"breakout": breakout_state, "pong": pong_state}
 
 
-class Game:
-    """One game in the emulator; ``actions`` are the names of its minimal set.
+@dataclasses.dataclass(frozen=True)
+class Court:
+    """Where a paddle plays a ball, in pixels, and the names of the actions that do it.
 
-    Raises UserError where ale-py is missing or carries no such game.
+    The paddle moves along ``axis`` (0: x, 1: y), ``back`` to lower values and ``forth`` to higher ones. It meets the
+    ball's centre at ``line`` on the other axis, whose values rise towards it; ``walls`` turn the ball back on its own.
+    """
+
+    axis: int
+    line: float
+    walls: tuple[float, float]
+    back: str
+    forth: str
+    serve: str
+
+    def aim(self, ball: Float[np.ndarray, "2"], moved: Float[np.ndarray, "2"], steps: float) -> float:
+        """Where along the paddle's axis a ball that ``moved`` so far in the last step meets the line, or where it is
+        after ``steps`` if that is earlier; for a ball that flies away, where it is now."""
+        across, along = 1 - self.axis, self.axis
+        if moved[across] <= 0:
+            return float(ball[along])
+        steps = min(max((self.line - ball[across]) / moved[across], 0), steps)
+        low, high = self.walls
+        width = high - low
+        return float(high - abs((ball[along] + steps * moved[along] - low) % (2 * width) - width))
+
+
+COURTS = {
+    "breakout": Court(axis=0, line=187.0, walls=(8.0, 151.0), back="LEFT", forth="RIGHT", serve="FIRE"),
+    "pong": Court(axis=1, line=139.0, walls=(36.0, 190.0), back="RIGHT", forth="LEFT", serve="NOOP"),  # RIGHT: up
+}
+# Of what was tried at a frame skip of 4 (2 to 10 pixels; 0, 12, 20, 24, 32 frames and no bound) the best in both games.
+# A paddle is slow to stop: at smaller distances it swings about the ball.
+CLOSE = 8  # pixels from the paddle's centre, half its length, at which it stays
+LOOK_AHEAD = 24  # emulator frames
+
+
+def track(game: "Game", court: Court) -> Iterator[int]:
+    """The policy that moves the paddle to where the ball is about to be, and serves.
+
+    Mean reward of an episode with a frame skip of 4 and sticky actions of 0.25, over 20 episodes of Breakout and 6 of
+    Pong of at most 10,000 frames: 140 and +4.3. Those of ``hold``: 2.7 and -21.
+    """
+    back, forth, serve, stay = (game.actions.index(name) for name in (court.back, court.forth, court.serve, "NOOP"))
+    steps = LOOK_AHEAD / game.config.frame_skip
+    ball = None
+    while True:
+        state = game.state()
+        # In a mix, ``last`` is old after another policy's turn, and the first aim a guess.
+        last, ball = ball, state["ball"] if state["ball_visible"] else None
+        if ball is None:
+            yield serve
+            continue
+        moved = np.zeros_like(ball) if last is None else ball - last
+        away = court.aim(ball, moved, steps) - state["paddle"][court.axis]
+        yield forth if away > CLOSE else back if away < -CLOSE else stay
+
+
+class Game:
+    """One game in the emulator, a ``Player``; ``actions`` are the names of its minimal set.
+
+    Raises UserError where ale-py is missing or carries no such game, and for a mix of policies that cannot play it.
     """
 
     def __init__(self, config: AtariConfig):
@@ -95,6 +155,26 @@ class Game:
         self.reset(0)
         self._codes = self._ale.getMinimalActionSet()
         self.actions = tuple(code.name for code in self._codes)
+        self.mix = parse_mix(config.mix, (RANDOM, HOLD, TRACK))
+        if TRACK in self.mix and self.name not in COURTS:
+            raise UserError(f"mix: {TRACK} found for {self.name}, expected it for {' or '.join(COURTS)} alone")
+        self.schema = Schema(
+            frame=FRAME,
+            actions=(ActionComponent("action", "categorical", len(self.actions)),),
+            frame_rate=EMULATOR_RATE / config.frame_skip,
+            state={name: Column(value.shape, value.dtype) for name, value in self.state().items()},
+            action_names={"action": self.actions},
+        )
+        self.source = {"kind": "atari", **dataclasses.asdict(config), "game": self.name, "mix": self.mix}
+
+    def play(self, seed: int, number: int) -> Iterator[Episode]:
+        """Episode ``number`` of those that ``seed`` gives, in pieces; no other episode has a say in it."""
+        rng = np.random.default_rng((seed, number))
+        self.reset(int(rng.integers(2**31)))
+        return in_pieces(itertools.islice(_steps(self, rng), self.config.max_frames), self.schema)
+
+    def close(self) -> None:
+        """Nothing to give back: the emulator goes with the object."""
 
     def reset(self, seed: int) -> None:
         """Starts anew; ``seed`` decides all that the emulator leaves to chance."""
@@ -121,32 +201,15 @@ class Game:
         """The true state, where this module can read the game's RAM; else nothing."""
         return STATES[self.name](self._ale.getRAM()) if self.name in STATES else {}
 
-    def schema(self) -> Schema:
-        """What the store must know of the game's episodes."""
-        return Schema(
-            frame=FRAME,
-            actions=(ActionComponent("action", "categorical", len(self.actions)),),
-            frame_rate=EMULATOR_RATE / self.config.frame_skip,
-            state={name: Column(value.shape, value.dtype) for name, value in self.state().items()},
-            action_names={"action": self.actions},
-        )
 
-
-def play(game: Game, seed: int, number: int) -> Iterator[Episode]:
-    """Episode ``number`` of those that ``seed`` gives, in pieces; no other episode has a say in it."""
-    config = game.config
-    rng = np.random.default_rng((seed, number))
-    game.reset(int(rng.integers(2**31)))
-    steps = itertools.islice(_steps(game, rng), config.max_frames)
-    while piece := list(itertools.islice(steps, PIECE)):
-        yield _stack(piece)
-
-
-def _steps(game: Game, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def _steps(game: Game, rng: np.random.Generator) -> Iterator[Step]:
     """Each frame with what led to it and the state at it."""
-    actions = _committed_actions(rng, len(game.actions), LONGEST_HOLD[game.config.policy])
+    policies = undirected(lambda: int(rng.integers(len(game.actions))), rng)
+    if TRACK in game.mix:
+        policies[TRACK] = track(game, COURTS[game.name])
+    actions = mixed(policies, game.mix, rng)
     fire = game.actions.index("FIRE") if game.config.fire and "FIRE" in game.actions else None
-    yield _observe(game, action=0, reward=0.0, is_first=True)
+    yield _observe(game, action=0, reward=0.0)
     lives = None
     while not game.over:
         action = next(actions)
@@ -154,38 +217,11 @@ def _steps(game: Game, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
             action = fire
         lives = game.lives
         reward = game.step(action)
-        yield _observe(game, action=action, reward=reward, is_first=False)
+        yield _observe(game, action=action, reward=reward)
 
 
-def _observe(game: Game, *, action: int, reward: float, is_first: bool) -> dict[str, Any]:
-    return {
-        "video": game.frame(),
-        "action": np.int32(action),
-        "reward": np.float32(reward),
-        "is_first": is_first,
-        "is_terminal": game.over,
-        "state": game.state(),
-    }
-
-
-def _stack(steps: list[dict[str, Any]]) -> Episode:
-    def column(name: str) -> np.ndarray:
-        return np.stack([step[name] for step in steps])
-
-    return Episode(
-        video=column("video"),
-        action={"action": column("action")},
-        reward=column("reward"),
-        is_first=column("is_first"),
-        is_terminal=column("is_terminal"),
-        state={name: np.stack([step["state"][name] for step in steps]) for name in steps[0]["state"]},
-    )
-
-
-def _committed_actions(rng: np.random.Generator, count: int, longest: int) -> Iterator[int]:
-    """Random actions, each for 1 to ``longest`` steps."""
-    while True:
-        yield from itertools.repeat(int(rng.integers(count)), int(rng.integers(1, longest + 1)))
+def _observe(game: Game, *, action: int, reward: float) -> Step:
+    return Step(game.frame(), {"action": action}, reward, game.over, game.state())
 
 
 def _rom_name(game: str, known: list[str]) -> str:

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from dreamer4.data.atari import AtariConfig, Game, play
+from dreamer4.data.atari import COURTS, AtariConfig, Game
 from dreamer4.errors import UserError
 
 RED = (200, 72, 72)
@@ -14,10 +14,11 @@ WHITE, GREEN, ORANGE = (236, 236, 236), (92, 186, 92), (213, 130, 74)
 
 def record(number=0, frames=400, **config):
     game = Game(AtariConfig(max_frames=frames, **config))
-    return game, list(play(game, 0, number))
+    return game, list(game.play(0, number))
 
 
 def join(pieces, *names):
+    pieces = list(pieces)
     return [np.concatenate([_get(piece, name) for piece in pieces]) for name in names]
 
 
@@ -108,9 +109,9 @@ def test_the_state_of_pong_is_what_the_pixels_show():
         assert np.ptp(positions[:, 1]) > least
 
 
-@pytest.mark.parametrize("policy", ["random", "hold"])
-def test_an_episode_is_aligned_and_whole(policy):
-    game, pieces = record(game="Breakout", frames=2000, policy=policy)
+@pytest.mark.parametrize("mix", ["random", "hold"])
+def test_an_episode_is_aligned_and_whole(mix):
+    game, pieces = record(game="Breakout", frames=2000, mix=mix)
     is_first, is_terminal, reward = join(pieces, "is_first", "is_terminal", "reward")
     action = np.concatenate([piece.action["action"] for piece in pieces])
     frames = len(action)
@@ -123,7 +124,7 @@ def test_an_episode_is_aligned_and_whole(policy):
     assert action[1] == game.actions.index("FIRE")
     assert set(action.tolist()) == {0, 1, 2, 3}
     run = frames / (1 + (np.diff(action) != 0).sum())
-    assert run < 1.6 if policy == "random" else run > 4
+    assert run < 1.6 if mix == "random" else run > 4
 
 
 def test_reward_arrives_with_the_frame_that_shows_the_brick_gone():
@@ -172,13 +173,13 @@ def map_steps(game):
         return reward
 
     game.step = watched
-    list(play(game, 0, 0))
+    list(game.play(0, 0))
     return taken
 
 
 def test_an_episode_depends_on_the_seed_and_its_number_alone():
     def video(game, seed, number):
-        return np.concatenate([piece.video for piece in play(game, seed, number)])
+        return np.concatenate([piece.video for piece in game.play(seed, number)])
 
     config = AtariConfig(game="Breakout", max_frames=60)
     game = Game(config)
@@ -201,17 +202,65 @@ def test_the_seed_decides_what_the_emulator_leaves_to_chance(monkeypatch):
     seeds = []
     monkeypatch.setattr(game, "reset", seeds.append)
     for seed, number in ((0, 5), (0, 6), (1, 5), (0, 5)):
-        next(play(game, seed, number))
+        next(game.play(seed, number))
     assert len(set(seeds)) == 3
     assert seeds[0] == seeds[3]
 
 
 def test_a_long_episode_is_cut_and_comes_in_pieces():
     game, pieces = record(game="Pong", frames=300)
-    assert [len(piece) for piece in pieces] == [256, 44]
+    assert [len(piece) for piece in pieces] == [166, 134]
     assert not pieces[-1].is_terminal.any()
-    assert game.schema().frame_rate == 15.0
-    assert pieces[0].video.shape[1:] == game.schema().frame == (210, 160, 3)
+    assert game.schema.frame_rate == 15.0
+    assert pieces[0].video.shape[1:] == game.schema.frame == (210, 160, 3)
+
+
+def outcome(frames, **config):
+    """Frames, reward and the frames with the ball in play, without drawing any."""
+    game = Game(AtariConfig(max_frames=frames, **config))
+    game.frame = lambda: np.zeros((1, 1, 3), np.uint8)
+    reward, visible = join(game.play(0, 0), "reward", "ball_visible")
+    return len(reward), reward.sum(), visible.sum()
+
+
+def test_track_keeps_the_ball_of_breakout_in_play():
+    frames, reward, visible = outcome(600, game="Breakout", mix="track")
+    random_frames, random_reward, _ = outcome(600, game="Breakout", mix="random")
+    assert frames == 600
+    assert visible > 550
+    assert reward > 10
+    assert random_frames < 300
+    assert random_reward < 3
+
+
+def test_track_returns_the_ball_of_pong():
+    assert outcome(500, game="Pong", mix="track")[1] >= -2
+    assert outcome(500, game="Pong", mix="random")[1] < -8
+
+
+def test_track_aims_where_a_bouncing_ball_will_be():
+    court = COURTS["pong"]  # its ball flies along x to the line at 139, between walls at y of 36 and 190
+
+    def aim(x, y, dx, dy, steps=6.0):
+        return court.aim(np.array([x, y], float), np.array([dx, dy], float), steps)
+
+    assert aim(119, 100, 5, 3) == 112
+    assert aim(119, 180, 5, 5) == 180
+    assert aim(119, 45, 5, -6) == 51
+    assert aim(19, 100, 5, 3) == 118
+    assert aim(119, 100, -5, 3) == 100
+    assert aim(150, 100, 5, 3) == 100
+
+
+def test_a_mix_of_policies_is_played_and_told():
+    game, pieces = record(game="Breakout", frames=600, mix="track=0.5,random=0.5")
+    assert game.source["mix"] == {"track": 0.5, "random": 0.5}
+    action = np.concatenate([piece.action["action"] for piece in pieces])
+    changes = (np.diff(action) != 0).astype(float)
+    # Stretches of random play change their action at three of four steps, those of track seldom.
+    smoothed = np.convolve(changes, np.ones(16) / 16, "valid")
+    assert smoothed.max() > 0.65
+    assert smoothed.min() < 0.35
 
 
 def test_frame_skip_is_the_emulators_frames_per_action():
@@ -229,7 +278,7 @@ def test_games_go_by_several_names_and_need_no_state(name):
     game = Game(AtariConfig(game=name))
     assert game.name == "ms_pacman"
     assert game.state() == {}
-    assert game.schema().state == {}
+    assert game.schema.state == {}
 
 
 @pytest.mark.parametrize(
@@ -240,6 +289,8 @@ def test_games_go_by_several_names_and_need_no_state(name):
         ({"frame_skip": 0}, "frame_skip is 0"),
         ({"sticky": 1.5}, "sticky is 1.5"),
         ({"max_frames": 1}, "max_frames is 1"),
+        ({"mix": "chase"}, "'chase' found, expected policies among random, hold, track"),
+        ({"game": "ms_pacman", "mix": "track"}, "track found for ms_pacman, expected it for breakout or pong"),
     ],
 )
 def test_wrong_options_are_named(config, message):

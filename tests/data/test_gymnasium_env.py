@@ -1,0 +1,187 @@
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from dreamer4.data.gymnasium_env import GymConfig, GymPlayer
+from dreamer4.errors import UserError
+
+ID = "dreamer4-test/Tiny-v0"
+
+
+class Tiny(gymnasium.Env):
+    """Shows and observes where it is and how often it moved; ends after 7 steps or is cut short after 5."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 12}  # noqa: RUF012
+
+    def __init__(self, render_mode=None, actions=None, observations=None, render=None, cut=False):
+        assert render_mode is None or render_mode in self.metadata["render_modes"]
+        self.render_mode = render_mode
+        self.action_space = spaces.Discrete(3) if actions is None else actions
+        self.observation_space = observations or spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.draw, self.cut = render, cut
+        self.canvas = np.zeros((6, 8, 3), np.uint8)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.time, self.played = float(self.np_random.integers(100)), 0, []
+        return self.observe(), {}
+
+    def step(self, action):
+        self.time += 1
+        self.played.append(action)
+        self.place += float(np.sum(action))
+        return self.observe(), self.time / 2, self.time == 7, self.cut and self.time == 5, {}
+
+    def observe(self):
+        return np.array([self.place, self.time])
+
+    def render(self):
+        if self.draw:
+            return self.draw(self.time)
+        self.canvas[:] = self.time, self.place % 256, 0
+        return self.canvas  # always the same one, as some environments do
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Registers ``Tiny`` with keywords and opens a player of it."""
+
+    def make(mix="random", max_frames=100, env=Tiny, **keywords):
+        spec = gymnasium.envs.registration.EnvSpec(ID, entry_point=env, kwargs=keywords)
+        monkeypatch.setitem(gymnasium.registry, ID, spec)
+        return GymPlayer(ID, GymConfig(mix=mix, max_frames=max_frames))
+
+    return make
+
+
+def play(player, seed=0, number=0):
+    (piece,) = player.play(seed, number)
+    return piece, player._env.unwrapped.played
+
+
+def test_a_step_holds_what_led_to_its_frame(make):
+    player = make()
+    made, played = play(player)
+    observed = made.state["observation"]
+    assert len(made) == 8
+    assert made.action["action"].tolist() == [0, *played]
+    np.testing.assert_array_equal(made.video[:, 2, 3, 0], np.arange(8))
+    np.testing.assert_array_equal(made.video[:, 2, 3, 1], observed[:, 0] % 256)
+    np.testing.assert_array_equal(np.diff(observed[:, 0]), played)
+    np.testing.assert_array_equal(made.reward, np.arange(8) / 2)
+    assert made.is_first.tolist() == [True] + 7 * [False]
+    assert made.is_terminal.tolist() == 7 * [False] + [True]
+    assert player.name == "dreamer4-test-Tiny-v0"
+    assert player.schema.frame == (6, 8, 3)
+    assert player.schema.frame_rate == 12
+    assert player.schema.state["observation"].dtype == np.float64
+    assert player.source == {"kind": "gym", "id": ID, "mix": {"random": 1.0}, "max_frames": 100}
+
+
+def test_an_episode_that_is_cut_short_has_no_terminal_step(make):
+    for player, frames in ((make(cut=True), 6), (make(max_frames=4), 4)):
+        made, _ = play(player)
+        assert len(made) == frames
+        assert not made.is_terminal.any()
+
+
+def test_an_episode_depends_on_the_seed_and_its_number_alone(make):
+    player = make(mix="hold=0.5,random=0.5")
+
+    def content(player, seed, number):
+        made, _ = play(player, seed, number)
+        return np.concatenate([made.state["observation"].ravel(), made.action["action"]])
+
+    first = content(player, 0, 5)
+    others = [content(player, 0, 6), content(player, 1, 5)]
+    np.testing.assert_array_equal(content(player, 0, 5), first)
+    np.testing.assert_array_equal(content(make(mix="hold=0.5,random=0.5"), 0, 5), first)
+    assert all((other != first).any() for other in others)
+
+
+@pytest.mark.parametrize(
+    ("space", "components", "recorded"),
+    [
+        (spaces.Discrete(3, start=5), [("action", "categorical", 3)], lambda a: {"action": a - 5}),
+        (
+            spaces.MultiDiscrete([2, 4], start=[0, 10]),
+            [("action_0", "categorical", 2), ("action_1", "categorical", 4)],
+            lambda a: {"action_0": a[0], "action_1": a[1] - 10},
+        ),
+        (spaces.MultiBinary([2, 2]), [("action", "binary", 4)], lambda a: {"action": a.reshape(4)}),
+        (spaces.Box(-2, 3, (2, 2)), [("action", "continuous", 4)], lambda a: {"action": a.reshape(4)}),
+        (spaces.Box(-np.inf, np.inf, (3,)), [("action", "continuous", 3)], lambda a: {"action": a}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_actions_are_stored_as_components(make, space, components, recorded):
+    player = make(actions=space)
+    made, played = play(player)
+    assert [(c.name, c.kind, c.size) for c in player.schema.actions] == components
+    assert all(space.contains(action) for action in played)
+    for component in player.schema.actions:
+        values = made.action[component.name]
+        assert not values[0].any()
+        assert values.dtype == component.dtype
+        np.testing.assert_array_equal(values[1:], [recorded(action)[component.name] for action in played])
+    assert len({str(action) for action in played}) > 1
+
+
+def test_observations_that_are_no_vector_are_left_out(make):
+    player = make(observations=spaces.Box(0, 1, (2, 2)))
+    assert player.schema.state == {}
+    assert play(player)[0].state == {}
+
+
+class Silent(Tiny):
+    metadata = {"render_modes": ["human"]}  # noqa: RUF012
+
+
+def lacks_pygame(time):
+    raise gymnasium.error.DependencyNotInstalled("pygame is not installed,\nrun pip install pygame")
+
+
+@pytest.mark.filterwarnings("ignore:.*render_mode='rgb_array' that is not in the possible")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"actions": spaces.Dict(a=spaces.Discrete(2))}, r"has actions Dict\(.*expected Discrete, MultiDiscrete"),
+        ({"env": Silent}, "cannot be made to render rgb_array: AssertionError"),
+        ({"unknown": 1}, "cannot be made to render rgb_array: TypeError: .*'unknown'"),
+        ({"render": lacks_pygame}, "DependencyNotInstalled: pygame is not installed, run pip install pygame$"),
+        ({"render": lambda time: [np.zeros((6, 8, 3), np.uint8)]}, "rendered list, expected uint8"),
+        (
+            {"render": lambda time: np.zeros((6, 8, 3))},
+            r"rendered float64 \(6, 8, 3\), expected uint8 \(height, width, 3",
+        ),
+        ({"render": lambda time: np.zeros((6, 8, 4), np.uint8)}, r"rendered uint8 \(6, 8, 4\)"),
+        ({"render": lambda time: np.zeros((6, 8), np.uint8)}, r"rendered uint8 \(6, 8\)"),
+        ({"mix": "track"}, "'track' found, expected policies among random, hold"),
+        ({"max_frames": 1}, "max_frames is 1"),
+    ],
+)
+def test_what_cannot_be_recorded_is_named(make, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        make(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_frames_that_change_their_size_are_named(make):
+    player = make(render=lambda time: np.zeros((6, 8 + time // 3, 3), np.uint8))
+    with pytest.raises(UserError, match=r"rendered uint8 \(6, 9, 3\), expected uint8 \(6, 8, 3\)"):
+        play(player)
+
+
+@pytest.mark.parametrize("env_id", ["CartPol-v1", "CartPole-v99", "nowhere:Env-v0", "a:b:c", "", "no such/thing"])
+def test_an_unknown_id_is_named(env_id):
+    with pytest.raises(UserError, match=f"^gym:{env_id} cannot be made"):
+        GymPlayer(env_id, GymConfig())
+
+
+def test_missing_gymnasium_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(UserError, match="extra play"):
+        GymPlayer("CartPole-v1", GymConfig())
