@@ -223,8 +223,8 @@ def outcome(frames, **config):
     return len(reward), reward.sum(), visible.sum()
 
 
-def test_track_keeps_the_ball_of_breakout_in_play():
-    frames, reward, visible = outcome(600, game="Breakout", mix="track")
+def test_track_serves_and_keeps_the_ball_of_breakout_in_play():
+    frames, reward, visible = outcome(600, game="Breakout", mix="track", fire=False)
     random_frames, random_reward, _ = outcome(600, game="Breakout", mix="random")
     assert frames == 600
     assert visible > 550

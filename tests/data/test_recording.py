@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -116,6 +117,8 @@ def test_workers_run_ahead_as_far_as_memory_goes_and_end_when_asked(monkeypatch)
     assert number == 1
     for _ in itertools.takewhile(lambda _: max(ahead) < most, endless):
         pass
+    for process in workers.values():  # as Ctrl-C does, which is for this process to answer
+        os.kill(process.pid, signal.SIGINT)
     assert len(list(itertools.islice(endless, 500))) == 500
     assert max(ahead) < most + 40 * 4 * 5 * 3 * 1.1
     played.close()
