@@ -40,7 +40,7 @@ class RecordConfig:
     seed: int = 0
     """The same seed gives the same data set, with any number of processes."""
     processes: int | None = None
-    """How many play at a time; where not given, one per core, but none with fewer than 8 episodes to play."""
+    """How many play at a time; where not given, one per core, but none with fewer than 12 episodes to play."""
 
     def __post_init__(self):
         at_least(1, self, "episodes", "processes")

@@ -12,7 +12,7 @@ import pytest
 from dreamer4.batch import ActionComponent
 from dreamer4.data import recording
 from dreamer4.data.episodes import Column, Schema
-from dreamer4.data.recording import Step, in_pieces, null_action, play_episodes
+from dreamer4.data.recording import Step, default_processes, in_pieces, null_action, play_episodes
 from dreamer4.errors import UserError
 
 SPACE = (ActionComponent("key", "categorical", 3), ActionComponent("stick", "continuous", 2))
@@ -70,6 +70,11 @@ def test_steps_become_pieces_of_an_episode(monkeypatch):
     assert pieces[0].action["stick"].shape == (10, 2)
     assert pieces[0].action["stick"].dtype == np.float32
     assert not pieces[0].action["stick"][0].any()
+
+
+def test_there_is_a_process_per_core_for_enough_episodes(monkeypatch):
+    monkeypatch.setattr(recording.os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    assert [default_processes(n) for n in (1, 12, 23, 24, 48, 1000)] == [1, 1, 1, 2, 4, 4]
 
 
 def test_two_processes_give_what_one_gives():
