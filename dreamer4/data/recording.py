@@ -30,8 +30,8 @@ PIECE_BYTES = 2**24  # of frames that are handed on at a time, so that a long ep
 AHEAD_BYTES = 2**28  # of compressed frames that may wait for the episodes before them, over all processes
 # Level 1 takes 0.1 ms for a frame of Breakout or Pong and leaves 1 kB of its 100; playing it takes 0.4 to 0.8 ms.
 ZLIB_LEVEL = 1
-# At least, where nobody says otherwise. A process takes 1.1 s to start, and handing over adds a third to the 0.13 s of
-# an episode of Breakout under ``hold``: on two cores, two processes are worth it from about 25 such episodes on.
+# At least, where nobody says otherwise. An estimate from CPU time: a process takes 1.2 s to start, and handing over
+# adds a third to the 0.13 s of an episode of Breakout under ``hold``, so two would break even at some 25 on idle cores.
 EPISODES_PER_PROCESS = 12
 
 
