@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Shaped, UInt8
 
 from dreamer4.batch import ActionComponent, ActionSpace
 from dreamer4.data.episodes import Column, Episode, Schema
+from dreamer4.data.formats.images import fit_image, parse_size
 from dreamer4.data.policies import HOLD, RANDOM, mixed, parse_mix, undirected
 from dreamer4.data.recording import Step, in_pieces, null_action
 from dreamer4.errors import UserError
@@ -28,14 +30,17 @@ class GymConfig:
     random: a new action at every step; hold: commit to a random action for 1 to 16 steps."""
     max_frames: int = 10_000
     """The most frames in an episode, which is cut there."""
+    resize: str | None = None
+    """HxW: store frames in this height and width, not in the environment's own."""
 
     def __post_init__(self):
+        parse_size(self.resize)
         if self.max_frames < 2:
             raise UserError(f"max_frames is {self.max_frames}, expected at least 2")
 
 
 class GymPlayer:
-    """The environment of an id that Gymnasium knows, a ``Player``. Frames are what it renders, in their own size.
+    """The environment of an id that Gymnasium knows, a ``Player``. Frames are what it renders.
 
     Actions are drawn as its action space draws them: within bounds where there are any. Observations are the true state
     ``observation`` where they are a ``Box`` of one dimension. An episode is a function of the seed and its number if
@@ -51,13 +56,15 @@ class GymPlayer:
         self._config = config
         self._mix = parse_mix(config.mix, (RANDOM, HOLD))
         self.source = {"kind": "gym", "id": env_id, **dataclasses.asdict(config), "mix": self._mix}
+        self._resize = parse_size(config.resize)
         self._env = _make(env_id)
         actions, self._encode = action_code(self._env.action_space, env_id)
         with _its_errors(env_id):
             self._env.reset(seed=0)
-            frame = _checked_frame(self._env.render(), env_id)
+            self._rendered = _checked_frame(self._env.render(), env_id).shape
+        size = self._resize or (self._rendered[0], self._rendered[1])
         self.schema = Schema(
-            frame=frame.shape,
+            frame=(*size, 3),
             actions=actions,
             frame_rate=float(self._env.metadata.get("render_fps") or 0),
             state=_state_columns(self._env.observation_space),
@@ -88,7 +95,7 @@ class GymPlayer:
 
     def _observe(self, observation: Any, action: dict[str, Any], reward: float, is_terminal: bool) -> Step:
         with _its_errors(self._id):
-            frame = _checked_frame(self._env.render(), self._id, self.schema.frame)
+            frame = fit_image(_checked_frame(self._env.render(), self._id, self._rendered), self._resize, gray=False)
         state = {name: np.array(observation, column.dtype) for name, column in self.schema.state.items()}
         return Step(frame, action, reward, is_terminal, state)
 
@@ -121,6 +128,7 @@ def _make(env_id: str) -> Any:
         import gymnasium  # an extra: the rest of the package works without it
     except ImportError:
         raise UserError("playing gym:ID needs gymnasium: install the extra with `uv sync --extra play`") from None
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame is to draw, and to look for no screen
     try:
         return gymnasium.make(env_id, render_mode="rgb_array", disable_env_checker=True)
     except Exception as e:  # whatever a constructor of someone else's raises

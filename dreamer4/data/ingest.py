@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -19,7 +18,7 @@ from jaxtyping import Shaped, UInt8
 
 from dreamer4.batch import ActionSpace
 from dreamer4.data.episodes import Episode, Schema, read_index
-from dreamer4.data.formats.images import fit_image
+from dreamer4.data.formats.images import fit_image, parse_size
 from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 
@@ -118,16 +117,7 @@ class IngestOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name}: {value} found, a number above 0 expected")
-        if self.resize is not None and not re.fullmatch("[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", self.resize):
-            raise UserError(f"resize: {self.resize!r} found, HEIGHTxWIDTH expected, as in 64x96")
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Height and width of the frames, where ``resize`` asks for some."""
-        if self.resize is None:
-            return None
-        height, width = self.resize.split("x")
-        return int(height), int(width)
+        parse_size(self.resize)
 
 
 @dataclasses.dataclass
@@ -212,6 +202,7 @@ class _Intake:
         self._on_frame = on_frame
         self._rate = _source_rate(footage, options)
         self._longest = _longest_episode(footage, options, self._rate)
+        self._resize = parse_size(options.resize)
         self._size: tuple[int, ...] | None = None
         self._started = False
         self._cut: str | None = None  # why the next frame starts a run of its own
@@ -282,7 +273,7 @@ class _Intake:
             if not isinstance(event, Frame):
                 yield event
                 continue
-            image = fit_image(event.image, self._options.size, self._options.gray)
+            image = fit_image(event.image, self._resize, self._options.gray)
             self._size = self._size or image.shape
             if image.shape == self._size:
                 yield dataclasses.replace(event, image=image)

@@ -49,10 +49,10 @@ class Tiny(gymnasium.Env):
 def make(monkeypatch):
     """Registers ``Tiny`` with keywords and opens a player of it."""
 
-    def make(mix="random", max_frames=100, env=Tiny, **keywords):
+    def make(mix="random", max_frames=100, resize=None, env=Tiny, **keywords):
         spec = gymnasium.envs.registration.EnvSpec(ID, entry_point=env, kwargs=keywords)
         monkeypatch.setitem(gymnasium.registry, ID, spec)
-        return GymPlayer(ID, GymConfig(mix=mix, max_frames=max_frames))
+        return GymPlayer(ID, GymConfig(mix=mix, max_frames=max_frames, resize=resize))
 
     return make
 
@@ -78,7 +78,14 @@ def test_a_step_holds_what_led_to_its_frame(make):
     assert player.schema.frame == (6, 8, 3)
     assert player.schema.frame_rate == 12
     assert player.schema.state["observation"].dtype == np.float64
-    assert player.source == {"kind": "gym", "id": ID, "mix": {"random": 1.0}, "max_frames": 100}
+    assert player.source == {"kind": "gym", "id": ID, "mix": {"random": 1.0}, "max_frames": 100, "resize": None}
+
+
+def test_frames_are_stored_in_the_size_asked_for(make):
+    player = make(resize="3x4")
+    made, _ = play(player)
+    assert (made.video.shape, player.schema.frame) == ((8, 3, 4, 3), (3, 4, 3))
+    np.testing.assert_array_equal(made.video[:, 0, 0, 0], np.arange(8))
 
 
 def test_an_episode_that_is_cut_short_has_no_terminal_step(make):
@@ -161,6 +168,7 @@ def lacks_pygame(time):
         ({"render": lambda time: np.zeros((6, 8), np.uint8)}, r"rendered uint8 \(6, 8\)"),
         ({"mix": "track"}, "'track' found, expected policies among random, hold"),
         ({"max_frames": 1}, "max_frames is 1"),
+        ({"resize": "3"}, "resize: '3' found, HEIGHTxWIDTH expected"),
     ],
 )
 def test_what_cannot_be_recorded_is_named(make, options, message):

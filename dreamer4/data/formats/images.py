@@ -1,6 +1,7 @@
 """Pictures from outside: any still image to RGB, and frames brought to one size and number of channels."""
 
 import io
+import re
 import stat
 import struct
 import warnings
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+
+from dreamer4.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 MAX_PIXELS = 2**26  # 8192 x 8192: a file that declares more is refused before anything of it is decoded
@@ -58,6 +61,16 @@ def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     # What Pillow raises on damaged files; it documents no common class.
     except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, struct.error, zlib.error):
         raise BadImageError("damaged picture") from None
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width of ``HxW``, as in 64x96; None for None. Raises UserError for anything else."""
+    if text is None:
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", text):
+        raise UserError(f"resize: {text!r} found, HEIGHTxWIDTH expected, as in 64x96")
+    height, width = text.split("x")
+    return int(height), int(width)
 
 
 def fit_image(
