@@ -1,0 +1,146 @@
+"""Makes a data set of what was recorded elsewhere: `ingest.py FORMAT SOURCE --out data/NAME`.
+
+FORMAT is one of ``png`` (folders of numbered pictures), ``jsonl`` (a folder of pictures with a log), ``h5``, ``video``
+and ``npz``. What could not be used is listed at the end; where frames do not follow each other, episodes are cut.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from dreamer4.config import to_json
+from dreamer4.data.episodes import read_index, split_of
+from dreamer4.data.formats.h5 import open_h5
+from dreamer4.data.formats.npz import open_npz
+from dreamer4.data.formats.png import open_png
+from dreamer4.data.formats.recordings import open_recordings
+from dreamer4.data.formats.video import open_video
+from dreamer4.data.ingest import Footage, IngestOptions, Report, TooMuchDroppedError, ingest
+from dreamer4.errors import UserError
+from dreamer4.train.cli import main as run_main
+from dreamer4.train.cli import progress_bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every format takes."""
+
+    source: tyro.conf.Positional[Path]
+    """What to read: a file or a folder, as the format has it."""
+    out: Path
+    """The data set's folder."""
+    ingest: Annotated[IngestOptions, tyro.conf.OmitArgPrefixes] = IngestOptions()
+
+    def open(self) -> Footage:
+        """The source. Raises UserError where it is none of this format."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Png(Options):
+    """Pictures, SOURCE/EPISODE/NUMBER.png, with an optional actions.json in each episode."""
+
+    def open(self) -> Footage:
+        return open_png(self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Jsonl(Options):
+    """A folder of pictures with a log of one JSON object a line: frame_filename, controls, timestamp."""
+
+    log: str | None = None
+    """Name of the log; recording_log.jsonl, or the only .jsonl there is, where not given."""
+    gap_seconds: float = 1.0
+    """Frames further apart do not follow each other."""
+
+    def open(self) -> Footage:
+        return open_recordings(self.source, self.log, self.gap_seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class H5(Options):
+    """HDF5 files with the datasets frames (N, H, W, C) and, optionally, actions, rewards, episode_ends."""
+
+    def open(self) -> Footage:
+        return open_h5(self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Video(Options):
+    """Video files, each with an optional NAME.actions.json."""
+
+    def open(self) -> Footage:
+        return open_video(self.source, self.ingest.fps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Npz(Options):
+    """NumPy archives, one an episode, with the arrays video (T, H, W, C), action, reward, is_terminal."""
+
+    def open(self) -> Footage:
+        return open_npz(self.source)
+
+
+FORMATS: dict[str, type[Options]] = {"png": Png, "jsonl": Jsonl, "h5": H5, "video": Video, "npz": Npz}
+
+
+def main(options: Options) -> None:
+    """Ingests what ``options`` name. Raises UserError for what the user can put right."""
+    if options.out.exists() and not options.ingest.append:
+        raise UserError(f"out: {options.out} already exists: give another name, add to it with --append, or remove it")
+    footage = options.open()
+    total = sum(recording.frames for recording in footage.recordings)
+    try:
+        with progress_bar("frames") as bar:
+            task = bar.add_task(options.source.name, total=total or None)
+            report = ingest(footage, options.out, options.ingest, _source(options), lambda: bar.advance(task))
+    except TooMuchDroppedError as error:
+        Console(stderr=True).print(_table(error.report))
+        raise
+    for note in footage.notes:
+        print(f"note: {note}")
+    Console().print(_table(report))
+    _describe(options.out)
+
+
+def _source(options: Options) -> dict[str, Any]:
+    """What the index keeps: all that decides what was made of the source."""
+    format = next(name for name, kind in FORMATS.items() if type(options) is kind)
+    fields = to_json(options)
+    fields |= fields.pop("ingest")
+    left_out = ("out", "append", "tolerate")
+    return {"kind": format, **{k: v for k, v in fields.items() if k not in left_out and v is not None}}
+
+
+def _table(report: Report) -> Table:
+    table = Table("", "", "first ones", box=None, show_header=False)
+    table.add_row("episodes", str(report.episodes))
+    table.add_row("frames", str(report.frames), "stopped at --max-frames" if report.stopped else "")
+    if report.thinned:
+        table.add_row("left out by --fps", str(report.thinned))
+    for title, kinds in (("cuts", report.cuts), ("dropped", report.dropped)):
+        table.add_row(title, str(sum(count for count, _ in kinds.values())))
+        for reason, (count, names) in kinds.items():
+            table.add_row(f"  {reason}", str(count), ", ".join(names) + (", ..." if count > len(names) else ""))
+    return table
+
+
+def _describe(out: Path) -> None:
+    index = read_index(out)
+    height, width, channels = index.schema.frame
+    actions = ", ".join(f"{c.name}: {c.kind} of {c.size}" for c in index.schema.actions) or "none"
+    rate = f"{index.schema.frame_rate:g}" if index.schema.frame_rate else "an unknown number of"
+    print(f"{out}: {index.frames} frames of {height}x{width}x{channels}, {rate} a second; actions: {actions}")
+    splits = [split_of(e.id) for e in index.episodes]
+    for split in ("train", "validation", "test"):
+        print(f"  {split:10} {splits.count(split)} episodes")
+    if missing := [split for split in ("train", "validation") if split not in splits]:
+        print(f"note: no episode fell into {' or '.join(missing)}; shorter ones (--episode-frames) would")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(tyro.extras.subcommand_cli_from_dict(FORMATS)))
