@@ -64,7 +64,7 @@ class GymPlayer:
             self._rendered = _checked_frame(self._env.render(), env_id).shape
         size = self._resize or (self._rendered[0], self._rendered[1])
         self.schema = Schema(
-            frame=(*size, 3),
+            frame=(size[0], size[1], 3),
             actions=actions,
             frame_rate=float(self._env.metadata.get("render_fps") or 0),
             state=_state_columns(self._env.observation_space),
