@@ -1,0 +1,15 @@
+"""Names of files from outside: their order, and how they are told."""
+
+import os
+import re
+
+
+def natural_order(name: str) -> tuple[list[int | str], str]:
+    """The key by which names sort as people count: ``ep10`` after ``ep9``."""
+    parts = re.split("([0-9]+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def printable(name: str) -> str:
+    """The name with bytes that are no UTF-8, which a file system allows, as ``\\\\xNN``."""
+    return os.fsencode(name).decode(errors="backslashreplace")
