@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dreamer4.config import to_json
 from dreamer4.data.episodes import read_index, split_of
@@ -125,7 +126,8 @@ def _table(report: Report) -> Table:
     for title, kinds in (("cuts", report.cuts), ("dropped", report.dropped)):
         table.add_row(title, str(sum(count for count, _ in kinds.values())))
         for reason, (count, names) in kinds.items():
-            table.add_row(f"  {reason}", str(count), ", ".join(names) + (", ..." if count > len(names) else ""))
+            first = ", ".join(names) + (", ..." if count > len(names) else "")
+            table.add_row(f"  {reason}", str(count), Text(first))  # brackets in a name are no markup
     return table
 
 

@@ -118,6 +118,13 @@ def test_the_table_says_what_was_kept_and_what_was_not(ingest, tmp_path):
     assert [e.length for e in read_index(tmp_path / "out").episodes] == [3, 2, 1, 2]
 
 
+def test_names_are_told_as_they_are(ingest, tmp_path):
+    source = make_png(tmp_path / "source")
+    (source / "walk").rename(source / "[bold]walk[")
+    (source / "[bold]walk[" / "11.png").write_bytes(b"")
+    assert "[bold]walk[/11.png" in ingest("png", source, "--out", tmp_path / "out", "--tolerate").out
+
+
 def test_options_reach_the_data_set(ingest, tmp_path):
     source = make_jsonl(tmp_path / "source")
     options = ("--resize", "8x12", "--gray", "--fps", "10", "--max-frames", "4")

@@ -239,8 +239,7 @@ class _Intake:
         events = self._announced(recording.events())
         if self._options.action_timing == "after":
             events = _shifted(events)
-        if recording.labelled:
-            events = _finite(events)
+        events = _finite(events)
         return events if self._options.fps is None else self._thinned(events, self._options.fps)
 
     def _announced(self, events: Iterator[Event]) -> Iterator[Event]:
@@ -367,7 +366,7 @@ def _finite(events: Iterable[Event]) -> Iterator[Event]:
     for event in events:
         if isinstance(event, Frame) and not starts:
             if not all(np.isfinite(value).all() for value in event.action.values()):
-                event = Lost(event.name, "action that is not finite")
+                event = Lost(event.name, "action that is missing or not finite")
             elif not np.isfinite(event.reward):
                 event = Lost(event.name, "reward that is not finite")
         starts = not isinstance(event, Frame)
