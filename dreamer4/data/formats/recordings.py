@@ -29,6 +29,7 @@ import numpy as np
 
 from dreamer4.batch import ActionComponent
 from dreamer4.data.formats.images import BadImageError, decode_image
+from dreamer4.data.formats.names import printable
 from dreamer4.data.ingest import Event, Footage, Frame, Gap, Lost, Recording
 from dreamer4.errors import UserError
 
@@ -101,7 +102,7 @@ def open_recordings(source: Path, log: str | None = None, gap_seconds: float = 1
             f" {gap_seconds:g}: is it in another unit?"
         )
     recording = Recording(
-        id=source.resolve().name or "recording",
+        id=printable(source.resolve().name) or "recording",
         events=functools.partial(_events, source, path.name, entries, gap_seconds, step > 0),
         frames=len(entries),
         labelled=component is not None,

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from damage import damaged, runs_of
 from dreamer4.batch import ActionComponent
 from dreamer4.data.episodes import EpisodeStore
 from dreamer4.data.formats import recordings
@@ -341,54 +342,27 @@ def good(place):
     return {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
-DAMAGES = st.tuples(st.sampled_from(["flip", "cut", "insert", "zero"]), st.randoms(use_true_random=False))
-
-
-def damage(data, kind, rng):
-    data, at = bytearray(data), rng.randrange(len(data))
-    if kind == "flip":
-        for _ in range(rng.choice([1, 1, 3])):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif kind == "cut":
-        del data[at:]
-    elif kind == "insert":
-        data[at:at] = rng.randbytes(rng.randrange(1, 9))
-    else:
-        size = min(rng.randrange(1, 65), len(data) - at)
-        data[at : at + size] = bytes(size)
-    return bytes(data)
-
-
 @settings(max_examples=200, derandomize=True, deadline=None, database=None)
-@given(damages=st.lists(DAMAGES, min_size=1, max_size=3), at_log=st.booleans())
-def test_damage_never_shows_as_a_frame(good, place, damages, at_log):
+@given(data=st.data(), at_log=st.booleans())
+def test_damage_never_shows_as_a_frame(good, place, data, at_log):
     """The log has no checksums: a digit of it may change unseen, but only its own line's frame is the worse for it."""
-    files, log = dict(good), Path(LOG)
-    pictures = sorted(path for path in files if path != log)
-    for kind, rng in damages:
-        path = log if at_log else rng.choice(pictures)
-        if files[path]:
-            files[path] = damage(files[path], kind, rng)
-    changed = [path for path in files if files[path] != good[path]]
-    for path in changed:
-        (place / path).write_bytes(files[path])
+    pictures = st.sampled_from(sorted(path for path in good if path != Path(LOG)))
+    victims = [Path(LOG)] if at_log else data.draw(st.lists(pictures, min_size=1, max_size=3, unique=True))
+    for path in victims:
+        (place / path).write_bytes(data.draw(damaged(good[path])))
+    lines = set((place / LOG).read_bytes().split(b"\n"))
+    sound = {i for i in range(12) if json.dumps(entry(i)).encode() in lines}
     try:
-        events = list(open_recordings(place).recordings[0].events())
+        runs = runs_of(open_recordings(place).recordings[0])
     except UserError:
+        assert at_log
         return
     finally:
-        for path in changed:
+        for path in victims:
             (place / path).write_bytes(good[path])
-    intact = set(good[log].split(b"\n")) & set(files[log].split(b"\n"))
-    sound = {i for i in range(12) if json.dumps(entry(i)).encode() in intact}
-    last = None
-    for event in events:
-        if not isinstance(event, Frame):
-            last = None
-            continue
-        (i,) = np.flatnonzero((event.image == VIDEO).all((1, 2, 3)))
-        if i in sound:
-            np.testing.assert_array_equal(event.action["controls"], np.float32([i / 8, -i]))
-        if len(sound) == 12:
-            assert last is None or i == last + 1
-        last = i
+    for run in runs:
+        numbers = [np.flatnonzero((frame.image == VIDEO).all((1, 2, 3))).item() for frame in run]
+        for i, frame in zip(numbers, run, strict=True):
+            if i in sound:
+                np.testing.assert_array_equal(frame.action["controls"], np.float32([i / 8, -i]))
+        assert at_log or numbers == list(range(numbers[0], numbers[0] + len(run)))
