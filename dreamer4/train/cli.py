@@ -76,7 +76,7 @@ def open_sinks(options: RunOptions, resolved: dict[str, Any], start: int) -> lis
 def progress_bar(*columns: str) -> Progress:
     """A bar for long work, on stderr; ``columns`` are shown behind the count, and may name a task's fields."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         *(TextColumn(column) for column in columns),
