@@ -8,6 +8,7 @@ index names it. Split into train, validation and test by hash of the episode's i
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,11 @@ class Schema:
     frame_rate: float = 0.0
     state: Mapping[str, Column] = dataclasses.field(default_factory=dict)
     action_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (*(c.name for c in self.actions), *self.state):
+            if not re.fullmatch(r"[\w-]+", name):
+                raise UserError(f"column {name!r} found, expected letters, digits, _ and -: it names a folder")
 
     def columns(self) -> dict[str, Column]:
         """Every array of the store by its path inside the folder."""

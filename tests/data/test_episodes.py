@@ -288,6 +288,14 @@ def test_an_id_is_taken_once(tmp_path):
         writer.add("e0", make_episode(0, 10))
 
 
+@pytest.mark.parametrize("name", ["../up", "", "a/b", ".", "a b"])
+def test_names_of_columns_are_names_of_folders(name):
+    with pytest.raises(UserError, match="it names a folder"):
+        Schema(frame=(6, 4, 3), actions=(ActionComponent(name, "categorical", 2),))
+    with pytest.raises(UserError, match="it names a folder"):
+        Schema(frame=(6, 4, 3), actions=(), state={name: Column((), np.dtype(bool))})
+
+
 def test_a_data_set_needs_an_episode(tmp_path):
     with pytest.raises(UserError, match="no episode"), EpisodeWriter(tmp_path / "a", SCHEMA, SOURCE):
         pass
