@@ -368,7 +368,7 @@ def _finite(events: Iterable[Event]) -> Iterator[Event]:
             if not all(np.isfinite(value).all() for value in event.action.values()):
                 event = Lost(event.name, "action that is missing or not finite")
             elif not np.isfinite(event.reward):
-                event = Lost(event.name, "reward that is not finite")
+                event = Lost(event.name, "reward that is missing or not finite")
         starts = not isinstance(event, Frame)
         yield event
 

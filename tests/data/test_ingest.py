@@ -106,7 +106,7 @@ def test_numbers_that_are_none_drop_the_frame_that_they_led_to(tmp_path):
     found = [store.episode(e) for e in store.index.episodes]
     assert [e.video[:, 0, 0, 0].tolist() for e in found] == [[0, 1], [3]]
     assert found[0].action["stick"].tolist() == [[0, 0], [1, 1]]
-    assert list(report.dropped) == ["action that is missing or not finite", "reward that is not finite"]
+    assert list(report.dropped) == ["action that is missing or not finite", "reward that is missing or not finite"]
 
 
 def test_a_reward_is_a_number_also_where_no_actions_are_known(tmp_path):

@@ -168,7 +168,7 @@ def test_numbers_that_are_none_drop_the_frames_that_they_led_to(tmp_path):
     write(tmp_path / "a.npz", 6, action=action, reward=reward)
     report = ingest(open_npz(tmp_path), tmp_path / "out", IngestOptions(tolerate=True), {})
     assert report.dropped == {
-        "action that is not finite": (2, ["a.npz frame 2", "a.npz frame 4"]),
+        "action that is missing or not finite": (2, ["a.npz frame 2", "a.npz frame 4"]),
     }
     assert report.frames == 4  # the last starts an episode, to which nothing led
 

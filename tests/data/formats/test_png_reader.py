@@ -264,7 +264,7 @@ def test_a_number_that_is_none_drops_the_frame_that_it_led_to(tmp_path, bad, key
         f'{{"{key}": [{values}], "{"reward" if key == "action" else "action"}": [0, 1, 2, 3]}}',
     )
     report = ingest(open_png(tmp_path / "in"), tmp_path / "out", IngestOptions(tolerate=True), {})
-    assert report.dropped == {f"{key} that is not finite": (1, ["a/2.png"])}
+    assert report.dropped == {f"{key} that is missing or not finite": (1, ["a/2.png"])}
     store = EpisodeStore(tmp_path / "out")
     assert [e.length for e in store.index.episodes] == [2, 1]
     assert store.index.schema.actions[0].kind == "categorical"
