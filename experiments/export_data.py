@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dreamer4.data.episodes import EpisodeStore
-from dreamer4.data.formats.h5 import write_h5
+from dreamer4.data.formats.h5_export import write_h5
 from dreamer4.train import cli
 
 

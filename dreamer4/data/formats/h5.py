@@ -1,4 +1,4 @@
-"""Frames in HDF5 files, as TinyWorlds (AlmondGod/tinyworlds) keeps them, read and written.
+"""Frames in HDF5 files, as TinyWorlds (AlmondGod/tinyworlds) keeps them, to read; ``h5_export`` writes it.
 
 A file holds, with one row per frame over all its episodes:
 
@@ -21,12 +21,10 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import io
 import itertools
 import math
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,6 @@ import numpy as np
 from jaxtyping import Bool, Int64, Shaped, UInt8
 
 from dreamer4.batch import ActionComponent, ActionSpace
-from dreamer4.data.episodes import EpisodeStore, Schema
 from dreamer4.data.formats.actions import as_component, find_component
 from dreamer4.data.formats.images import MAX_PIXELS
 from dreamer4.data.formats.names import natural_order, printable
@@ -52,11 +49,6 @@ CHECKSUM_BYTES = 4  # HDF5 2.0 crashes on a chunk that is shorter than its check
 MAX_COLUMN_BYTES = 2**30  # of a data set beside the frames, which is held in memory
 MAX_ATTRIBUTE_VALUES = 4096
 DAMAGED = "frame that is damaged or was never written"
-
-# Written chunks of a few small frames or of one large: a damaged one takes no more with it.
-WRITTEN_CHUNK_BYTES = 2**17
-WRITTEN_CHUNK_FRAMES = 32
-WRITTEN_PIECE = 8  # chunks of frames in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,67 +98,7 @@ def open_h5(source: Path) -> Footage:
     return Footage(recordings, space, names, contents[0].frame_rate)
 
 
-def write_h5(store: EpisodeStore, path: Path, on_frames: Callable[[int], None] = lambda count: None) -> None:
-    """Writes all episodes of a data set, in its order, as one file that ``open_h5`` reads back as they are.
-
-    Frames are compressed, and everything carries a checksum, so that HDF5 finds damage rather than reads it. What the
-    format has no place for stays behind: the true state, and how the episodes came to be. ``on_frames`` is told of each
-    piece how many frames it had. Raises UserError where ``path`` is taken, where h5py is missing and where the disk
-    does not take the file; then nothing is left of it.
-    """
-    h5py = _import_h5py()
-    if path.exists():
-        raise UserError(f"{path} already exists: give another name, or remove it")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: its folder does not exist")
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with _Sink(part, "w+b") as sink:
-            # From version 1.10 on, HDF5 keeps checksums of all that it writes beside the data.
-            with h5py.File(sink, "w", libver=("v110", "v110")) as file:
-                for count in _write_content(file, store):
-                    sink.check()
-                    on_frames(count)
-            sink.check()
-            os.fsync(sink.fileno())
-        part.rename(path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; no file was made") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-class _Sink(io.FileIO):
-    """A file that seems to take everything, and keeps the disk's first error for ``check``.
-
-    HDF5 itself, when a write fails, fails again as it closes the file, and crashes the interpreter later on.
-    """
-
-    _error: OSError | None = None
-
-    def check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def write(self, data: Any) -> int:
-        rest = memoryview(data).cast("B")
-        size = len(rest)
-        try:
-            while rest and self._error is None:
-                rest = rest[super().write(rest) :]
-        except OSError as e:
-            self._error = e
-        return size
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return super().truncate(size)
-        except OSError as e:
-            self._error = self._error or e
-            return size or 0
-
-
-def _import_h5py() -> Any:
+def import_h5py() -> Any:
     try:
         import h5py  # an extra: the rest of the package works without it
     except ImportError:
@@ -177,7 +109,7 @@ def _import_h5py() -> Any:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The file, to read; whatever is wrong with it becomes the user's."""
-    h5py = _import_h5py()
+    h5py = import_h5py()
     try:
         with h5py.File(path, "r") as file:
             yield file
@@ -242,7 +174,7 @@ def _check_names(path: Path, file: Any) -> None:
 
 
 def _find_frames(path: Path, file: Any) -> Any:
-    h5py = _import_h5py()
+    h5py = import_h5py()
     frames = _find_dataset(path, file, "frames")
     kind = frames.id.get_type()
     if not (kind.equal(h5py.h5t.STD_U8LE) or kind.equal(h5py.h5t.STD_U8BE)):
@@ -257,7 +189,7 @@ def _find_frames(path: Path, file: Any) -> Any:
 
 def _find_dataset(path: Path, group: Any, name: str) -> Any:
     """The data set of that name, if it lies in the file, with all that it claims."""
-    h5py = _import_h5py()
+    h5py = import_h5py()
     where = f"{path}: {group.name.strip('/')}{'/' if group.name != '/' else ''}{name}"
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise UserError(f"{where} is a link to another place, which is not followed")
@@ -368,7 +300,7 @@ def _read_actions(
     path: Path, file: Any, count: int
 ) -> tuple[dict[str, np.ndarray], dict[str, ActionComponent], dict[str, tuple[str, ...]]]:
     """The actions by component, what they say that they are, and the names of their choices."""
-    h5py = _import_h5py()
+    h5py = import_h5py()
     if "actions" not in file:
         return {}, {}, {}
     # The link before the object, which opening would look for in another file.
@@ -574,61 +506,3 @@ def _read_blocks(
                 yield first, last, None
             continue
         yield first, last, images if images.ndim == 4 else images[..., None]
-
-
-def _write_content(file: Any, store: EpisodeStore) -> Iterator[int]:
-    """Writes everything, the frames in pieces, of which it yields the lengths."""
-    index = store.index
-    schema, count = index.schema, index.frames
-    labelled = [entry.labelled for entry in index.episodes]
-    chunk = int(np.clip(WRITTEN_CHUNK_BYTES // math.prod(schema.frame), 1, WRITTEN_CHUNK_FRAMES))
-    frames = file.create_dataset(
-        "frames",
-        (count, *schema.frame),
-        np.uint8,
-        chunks=(min(chunk, count), *schema.frame),
-        compression="gzip",
-        compression_opts=1,
-        fletcher32=True,
-    )
-    columns = {c.name: np.zeros((count, *c.shape), c.dtype) for c in schema.actions}
-    rewards, is_terminal = np.zeros(count, np.float32), np.zeros(count, bool)
-    piece = chunk * WRITTEN_PIECE
-    for start in range(0, count, piece):
-        # Rows of all episodes lie in turn, so a piece may hold the end of one and the start of the next.
-        rows = slice(start, min(start + piece, count))
-        batch = store.read([start], rows.stop - start)
-        frames[rows] = batch.video[0]
-        rewards[rows], is_terminal[rows] = batch.reward[0], batch.is_terminal[0]
-        for name, column in columns.items():
-            column[rows] = batch.action[name][0]
-        yield rows.stop - start
-    _write_column(file, "rewards", rewards)
-    _write_column(file, "is_terminal", is_terminal)
-    _write_column(file, "episode_ends", np.array([entry.start + entry.length for entry in index.episodes]))
-    _write_column(file, "episode_ids", np.array([entry.id.encode() for entry in index.episodes]))
-    if schema.actions and any(labelled):
-        if not _alone(schema):
-            file.create_group("actions", track_order=True)
-        _write_column(file, "labelled", np.array(labelled))
-        for component in schema.actions:
-            _write_actions(file, schema, component, columns[component.name])
-    if schema.frame_rate:
-        file.attrs["fps"] = schema.frame_rate
-
-
-def _write_actions(file: Any, schema: Schema, component: ActionComponent, values: np.ndarray) -> None:
-    dataset = _write_column(file, "actions" if _alone(schema) else f"actions/{component.name}", values)
-    # Of a fixed length: HDF5 keeps other strings apart, without a checksum.
-    dataset.attrs["kind"], dataset.attrs["size"] = np.bytes_(component.kind), component.size
-    if names := schema.action_names.get(component.name):
-        dataset.attrs["names"] = np.array([name.encode() for name in names])
-
-
-def _alone(schema: Schema) -> bool:
-    return [c.name for c in schema.actions] == [ALONE]
-
-
-def _write_column(file: Any, name: str, values: np.ndarray) -> Any:
-    chunks = (min(len(values), 4096), *values.shape[1:])
-    return file.create_dataset(name, data=values, chunks=chunks, compression="gzip", fletcher32=True)

@@ -10,7 +10,8 @@ from damage import damaged, runs_of
 from dreamer4.batch import ActionComponent
 from dreamer4.data.episodes import Episode, EpisodeStore, Schema
 from dreamer4.data.formats import h5
-from dreamer4.data.formats.h5 import open_h5, write_h5
+from dreamer4.data.formats.h5 import open_h5
+from dreamer4.data.formats.h5_export import write_h5
 from dreamer4.data.ingest import Frame, IngestOptions, Lost, ingest
 from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
