@@ -18,8 +18,6 @@ import functools
 import itertools
 import json
 import math
-import os
-import stat
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -28,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from dreamer4.batch import ActionComponent
-from dreamer4.data.formats.images import BadImageError, decode_image
+from dreamer4.data.formats.images import BadImageError, read_image
 from dreamer4.data.formats.names import printable
 from dreamer4.data.ingest import Event, Footage, Frame, Gap, Lost, Recording
 from dreamer4.errors import UserError
@@ -38,7 +36,6 @@ STICKS = ("leftStick", "rightStick")
 CONTROLS = "controls"
 MAX_LINE_BYTES = 2**20
 MAX_NAME_LENGTH = 4096
-MAX_PICTURE_BYTES = 2**28
 MAX_SECONDS = 1e12  # 30,000 years; what is beyond is no time
 # The clocks, in the order of preference where as many lines tell each, and the seconds of their units.
 UNITS = {"timestamp": 1.0, "timestamp in ISO 8601": 1.0, "server_timestamp_ns": 1e-9}
@@ -308,7 +305,7 @@ def _events(root: Path, log: str, entries: Sequence[_Entry], gap_seconds: float,
             yield Lost(where, line.reason)
             continue
         try:
-            image = decode_image(_read_picture(root, line.frame))
+            image = read_image(_find_picture(root, line.frame))
         except BadImageError as e:
             yield Lost(line.frame, str(e))
             continue
@@ -316,20 +313,14 @@ def _events(root: Path, log: str, entries: Sequence[_Entry], gap_seconds: float,
         yield Frame(line.frame, image, action, time=entry.time if timed else None)
 
 
-def _read_picture(root: Path, name: str) -> bytes:
-    """The content of a regular file below ``root``. Nothing else is opened: a pipe would wait, a device would act."""
+def _find_picture(root: Path, name: str) -> Path:
+    """Where the picture of that name truly lies, which must be below ``root``."""
     try:
         path = (root / name).resolve(strict=True)
         if not path.is_relative_to(root.resolve()):
             raise BadImageError("frame_filename that goes through a link out of the folder")
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise BadImageError("frame_filename of what is no file")
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            content = file.read(MAX_PICTURE_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise BadImageError("missing frame file") from None
     except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
         raise BadImageError("frame file that cannot be read") from None
-    if len(content) > MAX_PICTURE_BYTES:
-        raise BadImageError("frame file that is too large")
-    return content
+    return path

@@ -12,7 +12,6 @@ from PIL import Image
 from damage import damaged, runs_of
 from dreamer4.batch import ActionComponent
 from dreamer4.data.episodes import EpisodeStore
-from dreamer4.data.formats import recordings
 from dreamer4.data.formats.recordings import open_recordings
 from dreamer4.data.ingest import Frame, Gap, IngestOptions, Lost, ingest
 from dreamer4.errors import UserError
@@ -287,14 +286,13 @@ def test_nothing_outside_the_folder_is_opened_and_nothing_that_waits(tmp_path, m
     lines += [entry(8, frame_filename="frames/010.png/x"), entry(9, frame_filename="n" * 300), entry(10)]
     (folder / LOG).write_text("\n".join(json.dumps(line) for line in lines))
     opened = []
-    monkeypatch.setattr(
-        recordings.os, "open", lambda path, *rest, real=os.open: opened.append(path) or real(path, *rest)
-    )
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or read(path))
     assert losses(folder) == [
         ("frames/000.png", "frame_filename that goes through a link out of the folder"),
         ("more/001.png", "frame_filename that goes through a link out of the folder"),
-        ("frames/002.png", "frame_filename of what is no file"),
-        ("frames/003.png", "frame_filename of what is no file"),
+        ("frames/002.png", "not a file"),
+        ("frames/003.png", "not a file"),
         ("frames/004.png", "frame_filename that goes through a link out of the folder"),
         ("frames/005.png", "frame file that cannot be read"),
         ("frames/006.png", "missing frame file"),
@@ -304,11 +302,10 @@ def test_nothing_outside_the_folder_is_opened_and_nothing_that_waits(tmp_path, m
     assert opened == [folder / "here.png", frames / "010.png"]
 
 
-def test_a_picture_of_great_size_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(recordings, "MAX_PICTURE_BYTES", 1000)
+def test_a_picture_of_great_size_is_not_read(tmp_path):
     write(tmp_path, [entry(i) for i in range(3)])
     os.truncate(tmp_path / "frames" / "001.png", 10**12)
-    assert losses(tmp_path) == [("frames/001.png", "frame file that is too large")]
+    assert losses(tmp_path) == [("frames/001.png", "file too large for a picture")]
 
 
 def test_the_log_is_found_or_missed_in_a_sentence(tmp_path):
