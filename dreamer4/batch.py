@@ -12,7 +12,7 @@ first frame of an episode therefore has the null action (all zeros), reward zero
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,14 @@ class ActionComponent:
     """One part of an action: what a key pad, a stick or a row of buttons says in one step.
 
     ``size`` counts the choices of a ``categorical`` (stored int32, shape ()), the axes of a ``continuous`` (float32,
-    shape (size,)) or the switches of a ``binary`` component (int32 of 0 and 1, shape (size,)).
+    shape (size,)) or the switches of a ``binary`` component (int32 of 0 and 1, shape (size,)). An ``inferred`` one was
+    told from the video by a latent action model: it is known in every clip, ``labelled`` or not.
     """
 
     name: str
     kind: Literal["categorical", "continuous", "binary"]
     size: int
+    inferred: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,6 +48,12 @@ class ActionComponent:
 
 
 ActionSpace = tuple[ActionComponent, ...]
+
+
+def space_to_json(space: ActionSpace) -> list[dict[str, Any]]:
+    """The components in JSON terms; ``inferred`` is left out where it is not so, as before there was such a thing."""
+    fields = [dataclasses.asdict(c) for c in space]
+    return [f if f["inferred"] else {name: x for name, x in f.items() if name != "inferred"} for f in fields]
 
 
 def check_actions(space: ActionSpace, actions: Mapping[str, Shaped[Array | np.ndarray, "..."]], where: str) -> None:
@@ -73,9 +81,10 @@ def check_actions(space: ActionSpace, actions: Mapping[str, Shaped[Array | np.nd
 class Batch:
     """Clips of video with the actions and rewards that led to each frame (the alignment is this module's).
 
-    ``labelled`` says for each clip whether its actions are known. ``state`` holds the true state of the world by name
-    where the source knows it, for evaluation only. ``latents`` are the frozen tokenizer's, where they were made
-    beforehand: L of them for each frame, of Db channels; the video of such a batch may hold no pixels, (B, T, 0, 0, C).
+    ``labelled`` says for each clip whether its actions are known; those that are ``inferred`` always are. ``state``
+    holds the true state of the world by name where the source knows it, for evaluation only. ``latents`` are the frozen
+    tokenizer's, where they were made beforehand: L of them for each frame, of Db channels; the video of such a batch
+    may hold no pixels, (B, T, 0, 0, C).
     """
 
     video: UInt8[Array | np.ndarray, "B T H W C"]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamer4.batch import ActionComponent, BatchSpec, check_actions, fake_batch
+from dreamer4.batch import ActionComponent, BatchSpec, check_actions, fake_batch, space_to_json
 from dreamer4.errors import UserError
 
 ACTIONS = (
@@ -21,6 +21,13 @@ def arrays(batch):
 
 def test_components_say_how_they_are_stored():
     assert [(c.shape, c.dtype) for c in ACTIONS] == [((), np.int32), ((2,), np.float32), ((3,), np.int32)]
+
+
+def test_a_component_that_is_not_inferred_is_written_as_before():
+    latent = ActionComponent("latent_0", "categorical", 8, inferred=True)
+    told = space_to_json((ACTIONS[0], latent))
+    assert told[0] == {"name": "button", "kind": "categorical", "size": 5}
+    assert tuple(ActionComponent(**fields) for fields in told) == (ACTIONS[0], latent)
 
 
 def test_fake_batch_has_the_shapes_of_its_spec():

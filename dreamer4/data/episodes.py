@@ -17,11 +17,12 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Bool, Float, Shaped, UInt8
 
-from dreamer4.batch import ActionComponent, ActionSpace, Batch, check_actions
+from dreamer4.batch import ActionComponent, ActionSpace, Batch, check_actions, space_to_json
 from dreamer4.errors import UserError
 
 FORMAT = "dreamer4-episodes"
 VERSION = 1
+ZSTD_LEVEL = 3
 Split = Literal["train", "validation", "test"]
 
 
@@ -240,6 +241,23 @@ def array_spec(path: Path) -> dict[str, Any]:
     return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
 
 
+def array_metadata(column: Column, rows_per_chunk: int) -> dict[str, Any]:
+    """Of a new array without rows, for tensorstore."""
+    return {
+        "shape": [0, *column.shape],
+        "data_type": column.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows_per_chunk, *column.shape]}},
+        # One flat folder of chunks instead of a folder per dimension.
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        # The checksum turns a flipped bit into an error rather than a wrong number.
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "zstd", "configuration": {"level": ZSTD_LEVEL}},
+            {"name": "crc32c"},
+        ],
+    }
+
+
 def _await(future, path: Path) -> Any:
     try:
         return future.result()
@@ -260,7 +278,7 @@ def schema_to_json(schema: Schema) -> dict[str, Any]:
     return {
         "frame": list(schema.frame),
         "frame_rate": schema.frame_rate,
-        "actions": [dataclasses.asdict(c) for c in schema.actions],
+        "actions": space_to_json(schema.actions),
         "action_names": {name: list(names) for name, names in schema.action_names.items()},
         "state": {name: {"shape": list(c.shape), "dtype": c.dtype.name} for name, c in schema.state.items()},
     }

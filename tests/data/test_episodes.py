@@ -311,6 +311,13 @@ def test_appending_another_kind_of_episode_is_refused(tmp_path):
         EpisodeWriter(tmp_path / "nothing", SCHEMA, SOURCE, append=True)
 
 
+def test_the_index_is_as_before_there_were_inferred_actions(tmp_path):
+    write(tmp_path / "a", [10])
+    told = json.loads((tmp_path / "a" / "index.json").read_text())["actions"]
+    assert all(fields.keys() == {"name", "kind", "size"} for fields in told)
+    assert read_index(tmp_path / "a").schema.actions == SCHEMA.actions
+
+
 def edit_index(path, **changes):
     file = path / "index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
