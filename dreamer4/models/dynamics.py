@@ -141,12 +141,13 @@ class Dynamics(nn.Module):
 
         ``signal`` is ``tau * k_max`` and ``step`` is ``log2(1 / d)`` of each frame: the level that ``noised`` has and
         the size of the step to be taken from it. Frames that are not ``labelled`` have the learned no-action embedding
-        alone. ``agent`` is what the agent tokens hold (a task's embedding) beside their places. With a ``cache`` the
-        frames follow those that it has seen, else no frame sees past one at which ``starts`` holds.
+        and what was inferred alone. ``agent`` is what the agent tokens hold (a task's embedding) beside their places.
+        With a ``cache`` the frames follow those that it has seen, else no frame sees past one at which ``starts``
+        holds.
         """
         c, dtype = self.config, self.config.transformer.dtype
         size = (*noised.shape[:2], -1, c.transformer.d_model)
-        acted = self.embed_action(action, labelled)[:, :, None]
+        acted = self.embed_action(action, labelled, starts)[:, :, None]
         noise = jnp.concatenate([self.signal_table[signal], self.step_table[step]], axis=-1)[:, :, None]
         tau = (signal / c.k_max)[..., None, None]
         seen = 1.0 if c.latent_deviation is None else jnp.hypot(1 - tau, tau * c.latent_deviation)
@@ -161,19 +162,26 @@ class Dynamics(nn.Module):
         z1_hat = self.to_latents(x[:, :, 2 : 2 + c.spatial]).astype(jnp.float32) * (c.latent_deviation or 1.0)
         return z1_hat, x[:, :, x.shape[2] - c.agents :].astype(jnp.float32), cache
 
-    def embed_action(self, action: Actions, labelled: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The sum of the components' embeddings where ``labelled``, and the no-action embedding everywhere."""
+    def embed_action(
+        self, action: Actions, labelled: Bool[Array, "B T"], starts: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """The sum of the embeddings of the components that are known, and the no-action embedding everywhere.
+
+        Known is what is ``labelled``, and what is ``inferred`` except at ``starts``: it tells of a frame unseen there.
+        """
         embedded = jnp.zeros((*labelled.shape, self.config.transformer.d_model))
+        follows = jnp.ones_like(labelled) if starts is None else ~starts
         for a in self.actions:
             value, table = jnp.asarray(action[a.name]), self.action_tables[a.name]
+            known = (follows if a.inferred else labelled)[..., None]
             if a.kind == "categorical":
-                embedded = embedded + table[value]
+                told = table[value]
             elif a.kind == "binary":  # two rows for each switch: off and on
-                embedded = embedded + table[value + 2 * jnp.arange(a.size)].sum(axis=-2)
+                told = table[value + 2 * jnp.arange(a.size)].sum(axis=-2)
             else:
-                known = jnp.where(labelled[..., None], value, 0.0)  # what stands in place of unknown may be NaN
-                embedded = embedded + known @ table
-        return jnp.where(labelled[..., None], embedded, 0.0) + self.no_action
+                told = jnp.where(known, value, 0.0) @ table  # what stands in place of unknown may be NaN
+            embedded = embedded + jnp.where(known, told, 0.0)
+        return embedded + self.no_action
 
     def cache(self, batch: int) -> KVCache:
         """The cache of ``batch`` streams that have seen nothing."""

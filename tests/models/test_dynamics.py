@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -306,6 +307,41 @@ def test_every_start_has_the_shapes_of_the_model():
             functools.partial(init_dynamics, dataclasses.replace(model, config=config)), jax.random.key(0)
         )
         assert jax.eval_shape(functools.partial(apply, model), params, given)[0].shape == given["noised"].shape
+
+
+INFERRED = dataclasses.replace(
+    MODEL, actions=(dataclasses.replace(ACTIONS[0], name="latent_0", inferred=True), *ACTIONS)
+)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """What actions become, to be changed by name, and the no-action embedding."""
+    params, given = draw(INFERRED), inputs(model=INFERRED)
+
+    def embed(**changes):
+        call = {name: given[name] for name in ("action", "labelled")} | changes
+        return np.asarray(INFERRED.apply({"params": params}, **call, method=Dynamics.embed_action))
+
+    return SimpleNamespace(embed=embed, given=given, no_action=np.asarray(params["no_action"]))
+
+
+def test_what_is_inferred_acts_where_nothing_is_labelled_and_what_is_real_does_not(embedded):
+    action, known = embedded.given["action"], embedded.given["labelled"]
+    for name, value in action.items():
+        other = action | {name: jnp.where(value == 0, 1, 0).astype(value.dtype)}
+        moved = [
+            (embedded.embed(labelled=x) != embedded.embed(labelled=x, action=other)).all() for x in (~known, known)
+        ]
+        assert moved == [name == "latent_0", True], name
+
+
+def test_nothing_is_inferred_from_a_frame_that_is_not_seen(embedded):
+    hidden = ~embedded.given["labelled"]
+    alone, all_ = embedded.embed(labelled=hidden, starts=hidden.at[:, 2].set(True)), embedded.embed(labelled=hidden)
+    assert (alone[:, 2] == embedded.no_action).all()
+    assert (all_ != embedded.no_action).all()
+    np.testing.assert_array_equal(np.delete(alone, 2, 1), np.delete(all_, 2, 1))
 
 
 def multiplied(jaxpr):
