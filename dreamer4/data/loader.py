@@ -5,14 +5,26 @@ import hashlib
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import grain
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from dreamer4.batch import Batch, BatchSpec
+from dreamer4.batch import ActionSpace, Batch, BatchSpec
+from dreamer4.data.columns import Latents, read_latents
 from dreamer4.data.episodes import EpisodeEntry, EpisodeStore, Split
 from dreamer4.errors import UserError
+
+ActionChoice = Literal["real", "latent", "latent+real"]
+"""Actions that a source shows: those of the data set, those that a model inferred, or both."""
+
+
+def choice_of(space: ActionSpace) -> ActionChoice:
+    """The choice that gives actions like these."""
+    if not any(c.inferred for c in space):
+        return "real"
+    return "latent" if all(c.inferred for c in space) else "latent+real"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +67,12 @@ class StoreSource:
     reward that led to it. The true state comes with ``clips`` only.
 
     ``label_fraction`` is the share of the episodes that show their actions in training; windows of the others, and of
-    episodes whose actions the store does not know, are not ``labelled``.
+    episodes whose actions the store does not know, are not ``labelled``. Latent actions (``actions``) are known in all
+    of them: where there are no others, every window is ``labelled``.
 
     ``threads`` fetch up to ``prefetch`` batches ahead. Raises UserError where ``path`` is no whole data set, the split
-    is empty, no episode is as long as the window, there are fewer windows than a batch takes, or ``label_fraction`` is
-    not in 0 to 1.
+    is empty, no episode is as long as the window, there are fewer windows than a batch takes, ``label_fraction`` is not
+    in 0 to 1, or the latent actions asked for are not there, or not of all episodes.
     """
 
     def __init__(
@@ -70,6 +83,7 @@ class StoreSource:
         split: Split = "train",
         *,
         label_fraction: float = 1.0,
+        actions: ActionChoice = "real",
         threads: int = 2,
         prefetch: int = 4,
     ):
@@ -78,9 +92,11 @@ class StoreSource:
         self.shapes = tuple(shapes)
         self._split: Split = split
         self._store = EpisodeStore(path, threads=threads)
+        self._actions: ActionChoice = actions
+        self.latents: Latents | None = None if actions == "real" else read_latents(self._store)
         episodes = self._store.index.episodes
         self._episode_starts = np.array([e.start for e in episodes])
-        self._shown = np.array([shows_actions(e.id, label_fraction) for e in episodes])
+        self._shown = np.array([actions == "latent" or shows_actions(e.id, label_fraction) for e in episodes])
         self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         self._orders = {}
         for time in sorted({time for _, time in self.shapes}):
@@ -96,7 +112,9 @@ class StoreSource:
     def spec(self) -> BatchSpec:
         """The sizes of the batches of step 0."""
         schema = self._store.index.schema
-        return BatchSpec(*self.shapes[0], *schema.frame, actions=schema.actions)
+        inferred = self.latents.record.actions() if self.latents else ()
+        actions = inferred if self._actions == "latent" else (*inferred, *schema.actions)
+        return BatchSpec(*self.shapes[0], *schema.frame, actions=actions)
 
     def batches(self, start: int) -> Generator[Batch, None, None]:
         """The batches from step ``start`` on, on the host. Close the iterator to stop its threads."""
@@ -118,7 +136,7 @@ class StoreSource:
         """
         windows = self._windows(split, time, at_least=count)
         chosen = np.linspace(0, len(windows) - 1, count).astype(int)
-        return self._store.read([windows[int(i)] for i in chosen], time, state=True)
+        return self._fetch(np.array([windows[int(i)] for i in chosen]), time, state=True)
 
     def corpus(self, count: int, time: int, batch: int = 64) -> Iterator[Batch]:
         """The episodes that training reads, cut into windows of ``time`` frames, in pieces of ``batch`` windows.
@@ -158,9 +176,19 @@ class StoreSource:
 
     def _read(self, starts: np.ndarray, time: int) -> Batch:
         """Windows for training: not ``labelled`` where the episode's actions are not to be seen."""
-        batch = self._store.read(starts, time)
+        batch = self._fetch(starts, time)
         episode = np.searchsorted(self._episode_starts, starts, side="right") - 1
         return dataclasses.replace(batch, labelled=batch.labelled & self._shown[episode])
+
+    def _fetch(self, starts: np.ndarray, time: int, *, state: bool = False) -> Batch:
+        """Windows with the actions that are asked for."""
+        batch = self._store.read(starts, time, state=state)
+        if self.latents is None:
+            return batch
+        inferred = self.latents.actions(starts[:, None] + np.arange(time))
+        if self._actions == "latent":
+            return dataclasses.replace(batch, action=inferred, labelled=np.ones(len(starts), bool))
+        return dataclasses.replace(batch, action=inferred | batch.action)
 
 
 def _consecutive(episode: EpisodeEntry, time: int) -> list[int]:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dreamer4.batch import ActionComponent
+from dreamer4.data.columns import LatentRecord, extract
 from dreamer4.data.episodes import Column, Episode, EpisodeStore, Schema, split_of
-from dreamer4.data.loader import StoreSource, shows_actions
+from dreamer4.data.loader import StoreSource, choice_of, shows_actions
 from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 
@@ -198,6 +199,53 @@ def test_batches_show_actions_by_episode_and_held_out_clips_show_all(path):
         of = starts[np.searchsorted(starts, batch.video[:, 0, 0, 0, 0], side="right") - 1]
         assert batch.labelled.tolist() == [expected[start] for start in of.tolist()]
     assert StoreSource(path, SHAPES, seed=0, label_fraction=0.0).clips("validation", 6, 8).labelled.all()
+
+
+@pytest.fixture(scope="module")
+def inferred(tmp_path_factory):
+    """A store of no real actions, whose latent actions are 5 and 7 times the row that they led to."""
+    path = tmp_path_factory.mktemp("latents") / "store"
+    write(path, unlabelled=range(len(LENGTHS)))
+    record = LatentRecord("run", 1, "digest", tokens=2, choices=1000, width=1, window=4, overlap=1)
+
+    def infer(video):
+        ids = video[:, 1:, 0, 0, :1].astype(np.int32) * np.array([5, 7], np.int32)
+        return ids, ids[..., None].astype(np.float32)
+
+    extract(EpisodeStore(path), record, infer, batch=3)
+    return path
+
+
+@pytest.mark.parametrize("actions", ["latent", "latent+real"])
+def test_latent_actions_come_with_every_window(inferred, actions):
+    source = StoreSource(inferred, SHAPES, seed=0, label_fraction=0.5, actions=actions)
+    plain = StoreSource(inferred, SHAPES, seed=0, label_fraction=0.5)
+    latents = tuple(ActionComponent(f"latent_{i}", "categorical", 1000, inferred=True) for i in range(2))
+    assert source.spec.actions == (latents if actions == "latent" else (*latents, *SCHEMA.actions))
+    assert (choice_of(source.spec.actions), choice_of(plain.spec.actions)) == (actions, "real")
+    assert (source.latents is None, plain.latents is None) == (False, True)
+    both = [
+        (source.clips("validation", 6, 8), plain.clips("validation", 6, 8)),
+        *zip(take(source, 0, 6), take(plain, 0, 6), strict=True),
+        *zip(source.corpus(1000, 4), plain.corpus(1000, 4), strict=True),
+    ]
+    for batch, real in both:
+        rows = np.where(batch.is_first, 0, batch.video[..., 0, 0, 0].astype(int))
+        told = {"latent_0": rows * 5, "latent_1": rows * 7}
+        labelled = np.ones(len(rows), bool)
+        if actions == "latent+real":
+            told, labelled = told | real.action, real.labelled
+        assert_same([dict(batch.action), batch.labelled], [told, labelled])
+        assert_same(batch.state, real.state)
+
+
+def test_a_store_without_latent_actions_says_how_to_make_them(path):
+    with pytest.raises(UserError) as error:
+        StoreSource(path, SHAPES, seed=0, actions="latent")
+    assert str(error.value) == (
+        f"{path} has no latent actions: make them with uv run experiments/extract_latent_actions.py --model RUN"
+        f" --data {path}"
+    )
 
 
 def test_which_episodes_show_their_actions_has_nothing_to_do_with_the_split():
