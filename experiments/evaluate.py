@@ -24,8 +24,9 @@ from train_dynamics import TrainedDynamics, check_frames, load_dynamics
 
 from dreamer4.batch import Actions, Batch
 from dreamer4.config import at_least, from_json, to_json
+from dreamer4.data.columns import LatentRecord
 from dreamer4.data.episodes import Split
-from dreamer4.data.loader import StoreSource
+from dreamer4.data.loader import StoreSource, choice_of
 from dreamer4.data.toy import ToyConfig, ToySource
 from dreamer4.errors import UserError
 from dreamer4.metrics.pixels import mse_to_psnr
@@ -151,7 +152,9 @@ def held_out(trained: TrainedDynamics, options: Options, horizon: Horizon) -> Ba
     elif options.data is None and not Path(data).exists():
         raise UserError(f"{options.run}: its data set {data} is not there")
     else:
-        source = StoreSource(data, shapes, config["train"]["seed"], options.split)
+        choice = choice_of(trained.model.actions)
+        source = StoreSource(data, shapes, config["train"]["seed"], options.split, actions=choice)
+        check_latents(source, config, options.run)
     check_frames(trained.tokenizer, source.spec, options.run)
     if source.spec.actions != trained.model.actions:
         raise UserError(f"data: actions {source.spec.actions} found, {trained.model.actions} expected, as in the run")
@@ -159,6 +162,15 @@ def held_out(trained: TrainedDynamics, options: Options, horizon: Horizon) -> Ba
     if unlabelled := int(np.sum(~np.asarray(clips.labelled))):
         raise UserError(f"data: {unlabelled} of {options.clips} clips have no actions, which a dream is to follow")
     return clips
+
+
+def check_latents(source: StoreSource, config: dict[str, Any], run: Path) -> None:
+    """A ``UserError`` where the data's latent actions are not of the model whose actions the run follows."""
+    if source.latents is None:
+        return
+    found, expected = source.latents.record, from_json(LatentRecord, config["latent_actions"], f"{run}: latent_actions")
+    if not found.same_as(expected):
+        raise UserError(f"data: latent actions of {found} found, of {expected} expected, as in the run")
 
 
 def perceptual_weights(net: Net | Literal["off"], clips: Batch) -> Params | None:

@@ -16,10 +16,10 @@ from typing import Annotated, Literal
 import train_tokenizer
 import tyro
 
-from dreamer4.batch import ActionComponent, Batch, BatchSpec
+from dreamer4.batch import ActionComponent, Batch, BatchSpec, space_to_json
 from dreamer4.config import at_least, from_json, to_json
 from dreamer4.data.latents import LatentSource, encode_corpus
-from dreamer4.data.loader import StoreSource
+from dreamer4.data.loader import ActionChoice, StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
 from dreamer4.errors import UserError
 from dreamer4.models.dynamics import Dynamics, DynamicsConfig, dynamics_flops
@@ -57,8 +57,10 @@ class Config:
     data: Path | None = None
     """Data set to train on; without one, the toy world."""
     toy: ToyConfig = ToyConfig()
+    actions: ActionChoice = "real"
+    """Actions to follow: the data's, those that experiments/extract_latent_actions.py has added to it, or both."""
     label_fraction: float = 1.0
-    """Share of the clips or episodes whose actions are shown in training."""
+    """Share of the clips or episodes whose real actions are shown in training."""
     corpus: int = 0
     """Clips of the data, as long as the longest batch's, to encode once and train on; 0 encodes within each step."""
     latent_deviation: float | None = None
@@ -295,8 +297,21 @@ def find_tokenizer(config: Config) -> Path:
 
 
 def make_source(config: Config) -> ToySource | StoreSource:
-    """The data set of ``config``, or the toy world."""
+    """The data set of ``config`` with the actions asked for, or the toy world."""
+    if config.actions != "real":
+        return open_with_latents(config)
     return train_tokenizer.open_data(config.data, config.toy, config.train, config.label_fraction)
+
+
+def open_with_latents(config: Config) -> StoreSource:
+    """The data set of ``config``. A ``UserError`` without one: the toy world is drawn anew for every step."""
+    if config.data is None:
+        raise UserError(
+            f"actions: {config.actions} found without data, real expected; record some with"
+            " uv run experiments/record.py toy"
+        )
+    shapes, seed = config.train.shapes, config.train.seed
+    return StoreSource(config.data, shapes, seed, label_fraction=config.label_fraction, actions=config.actions)
 
 
 def check_frames(tokenizer: Tokenizer, spec: BatchSpec, where: Path) -> None:
@@ -415,7 +430,9 @@ def train(config: Config) -> None:
     origin = find(run_of_tokenizer, "best")
     resolved = to_json(dataclasses.replace(config, run=None))
     resolved |= {"tokenizer": to_json(tokenizer.model.config), "tokenizer_checkpoint": to_json(origin)}
-    resolved |= {"actions": to_json(source.spec.actions), "frame": tokenizer.config["frame"]}
+    resolved |= {"actions": space_to_json(source.spec.actions), "frame": tokenizer.config["frame"]}
+    if isinstance(source, StoreSource) and source.latents:
+        resolved |= {"latent_actions": to_json(source.latents.record)}
     with open_run(config.run, resolved) as run:
         if run_of_tokenizer.resolve() != (run.path / "tokenizer").resolve():
             adopt(run_of_tokenizer, run.path / "tokenizer")

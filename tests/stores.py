@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from dreamer4.batch import ActionComponent
-from dreamer4.data.episodes import Episode, Schema, Split, split_of
+from dreamer4.data.columns import LatentRecord, extract
+from dreamer4.data.episodes import Episode, EpisodeStore, Schema, Split, split_of
 from dreamer4.data.writer import EpisodeWriter
 
 
@@ -37,4 +38,16 @@ def write_store(
             first, zeros = np.arange(length) == 0, np.zeros(length, np.float32)
             taken = {c.name: np.where(first, 0, actions).astype(np.int32) for c in space}
             writer.add(name, Episode(video, taken, zeros, first, zeros > 0), labelled=labelled)
+    return path
+
+
+def add_latents(path: Path, *, choices: int = 8, digest: str = "ab" * 32) -> Path:
+    """Adds two latent actions to a data set, which follow from the frames that they lead to."""
+    record = LatentRecord("latent_action", 3, digest, tokens=2, choices=choices, width=1, window=5, overlap=1)
+
+    def infer(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ids = video[:, 1:, 0, 0, :2].astype(np.int32) % choices
+        return ids, ids[..., None].astype(np.float32)
+
+    extract(EpisodeStore(path), record, infer, batch=4, overwrite=True)
     return path

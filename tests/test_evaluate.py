@@ -18,7 +18,7 @@ import tyro
 from dreamer4.errors import UserError
 from dreamer4.train.checkpoint import Checkpoints
 from dreamer4.train.cli import choose_preset
-from stores import ids_of, write_store
+from stores import add_latents, ids_of, write_store
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 QUICK = ("--clips", "5", "--context", "2", "--horizon", "4")
@@ -251,6 +251,18 @@ def test_clips_of_a_run_on_a_data_set_are_held_out_from_it(scripts, store_run):
     assert clips.video.shape == (5, 6, 16, 16, 3)
     assert len(np.unique(clips.video[:, 0].reshape(5, -1), axis=0)) == 5
     assert clips.state == {}
+
+
+@pytest.mark.parametrize("actions", ["latent", "latent+real"])
+def test_clips_come_with_the_actions_that_the_run_followed(scripts, make_dynamics, tmp_path, actions):
+    data = add_latents(write_store(tmp_path / "store", EPISODES, noise=True))
+    run = make_dynamics("--data", data, "--actions", actions)
+    clips = clips_of(scripts, run, *QUICK)
+    assert sorted(clips.action) == ["action", "latent_0", "latent_1"][actions == "latent" :]
+    np.testing.assert_array_equal(clips.action["latent_1"][:, 1:], clips.video[:, 1:, 0, 0, 1] % 8)
+    add_latents(data, digest="cd" * 32)
+    with pytest.raises(UserError, match=r"data: latent actions of .*cdcd.* found, of .*abab.* expected, as in the run"):
+        clips_of(scripts, run, *QUICK)
 
 
 def test_clips_come_from_the_data_set_asked_for(scripts, run, store_run):

@@ -23,7 +23,7 @@ from dreamer4.train.checkpoint import Checkpoints, find, restore_params
 from dreamer4.train.cli import choose_preset
 from dreamer4.train.fit import Stopped
 from dreamer4.train.logging import WALL_CLOCK
-from stores import ids_of, write_store
+from stores import add_latents, ids_of, write_store
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STEPS = 6
@@ -290,6 +290,10 @@ FRAMES = "frames of (24, 24, 3) found, (16, 16, 3) expected, as in the tokenizer
             "tokenizer: there is no none; train one with uv run experiments/train_tokenizer.py",
         ),
         (("--tokenizer", "."), "checkpoints: no checkpoint"),
+        (
+            ("--actions", "latent"),
+            "actions: latent found without data, real expected; record some with uv run experiments/record.py toy",
+        ),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_starts(train, tmp_path, monkeypatch, arguments, sentence):
@@ -391,3 +395,43 @@ def test_a_dry_run_needs_no_tokenizer(train, tmp_path, monkeypatch, capsys, pres
     assert low < float(parameters[1].replace(",", "")) < high
     assert re.search(r"^FLOPs +[\d.,]+ G per step of \d+ x \d+ frames$", out, re.MULTILINE)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("actions", ["real", "latent", "latent+real"])
+def test_a_run_says_what_actions_it_follows(script, train, first, tmp_path, fitted, actions):
+    data, run = add_latents(write_store(tmp_path / "data", EPISODES, noise=True)), tmp_path / "run"
+    command = ("debug", "--tokenizer", first.tokenizer, "--data", data, "--run-dir", run, "--actions", actions)
+    train(*command)
+    config = json.loads((run / "config.json").read_text())
+    latents = [{"name": f"latent_{i}", "kind": "categorical", "size": 8, "inferred": True} for i in range(2)]
+    real = [{"name": "action", "kind": "categorical", "size": 5}]
+    assert config["actions"] == {"real": real, "latent": latents, "latent+real": latents + real}[actions]
+    assert config.get("latent_actions", {}).get("digest") == (None if actions == "real" else "ab" * 32)
+    train(*command)  # it may go on
+    add_latents(data, digest="cd" * 32)
+    if actions == "real":
+        train(*command)
+    else:
+        assert "latent_actions.digest: 'abab" in refused(train, tmp_path, *command)
+
+
+def test_data_without_latent_actions_are_told(train, first, tmp_path):
+    data = write_store(tmp_path / "data", EPISODES)
+    command = ("debug", "--tokenizer", first.tokenizer, "--data", data, "--actions", "latent+real")
+    assert refused(train, tmp_path, *command) == (
+        f"{data} has no latent actions: make them with uv run experiments/extract_latent_actions.py --model RUN"
+        f" --data {data}"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_evaluation")
+def test_latent_actions_are_learned_where_no_real_one_is_seen(train, first, tmp_path, monkeypatch):
+    data = add_latents(write_store(tmp_path / "data", EPISODES, noise=True))
+    programs, make = [], fit_module.make_program
+    monkeypatch.setattr(fit_module, "make_program", lambda *x: programs.append(make(*x)) or programs[-1])
+    options = ("--data", data, "--actions", "latent+real", "--label-fraction", 0)
+    train(*SHORT, "--tokenizer", first.tokenizer, "--run-dir", tmp_path / "run", *options)
+    start, end = jax.device_get(programs[0].init().params), restore_params(tmp_path / "run", STEPS)[0]
+    names = ("action_action", "action_latent_0", "action_latent_1")
+    assert [np.array_equal(start[name], end[name]) for name in names] == [True, False, False]
