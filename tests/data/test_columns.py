@@ -166,7 +166,7 @@ def test_what_another_model_began_is_begun_anew(path, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(path, model=Model(stop=3))
     for folder in (path, tmp_path / "fresh"):
-        run(folder, SEQUENCES)
+        run(folder, SEQUENCES, Model(SEQUENCES, reach=True))
     assert files(path) == files(tmp_path / "fresh")
 
 
