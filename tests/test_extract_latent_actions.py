@@ -32,7 +32,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def params():
-    shapes = jax.eval_shape(functools.partial(init_latent_action, MODEL), jax.random.key(0))[0]
+    shapes = jax.eval_shape(lambda: init_latent_action(MODEL, jax.random.key(0))[0])
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(x.dtype), shapes)
 
