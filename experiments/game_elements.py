@@ -55,7 +55,7 @@ class Bricks:
 
 
 def find_events(state: State, reward: Float[np.ndarray, "B T"]) -> dict[str, Event]:
-    """Events by name. Without a state that tells more, the sign of the reward is one, where half of them or more are 0."""
+    """Events by name. Without a state that tells more, the sign of the reward is one where half or more are 0."""
     reward = np.asarray(reward)
     found = {}
     if is_toy(state):
