@@ -32,7 +32,7 @@ h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin-top:
 p, figcaption, .soft { max-width: 42rem; } .soft, figcaption { color: var(--soft); font-size: .875rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child, td.words { text-align: left; } td:first-child, td.words { white-space: normal; }
+th:first-child, td:first-child, .words { text-align: left; } td:first-child, td.words { white-space: normal; }
 td.words { min-width: 12rem; }
 th { font-weight: 600; } figure { margin: 1rem 0; } figure.code { margin: 0; }
 img { display: block; max-width: 100%; image-rendering: pixelated; }
@@ -389,11 +389,12 @@ def paragraph(text: str, kind: str = "") -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", *, words: bool = False) -> str:
     """With ``words`` the last column is text."""
 
-    def cell(i: int, text: str) -> str:
-        return f'<td class="words">{escape(text)}</td>' if words and i == len(head) - 1 else f"<td>{escape(text)}</td>"
+    def cell(i: int, text: str, tag: str = "td") -> str:
+        kind = ' class="words"' if words and i == len(head) - 1 else ""
+        return f"<{tag}{kind}>{escape(text)}</{tag}>"
 
     said = paragraph(caption, "soft") if caption else ""
-    heads = "".join(f"<th>{escape(name)}</th>" for name in head)
+    heads = "".join(cell(i, name, "th") for i, name in enumerate(head))
     body = "".join(f"<tr>{''.join(cell(i, x) for i, x in enumerate(row))}</tr>" for row in rows)
     return f'{said}<div class="wide"><table><tr>{heads}</tr>{body}</table></div>'
 

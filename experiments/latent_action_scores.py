@@ -47,9 +47,9 @@ class LatentActions:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a model makes of clips. ``errors[version][metric]`` is of each transition, NaN where a thing is not to be
-    seen; ``walls[version]`` says of each brick whether the frame shows it. ``moment`` is the transition of each clip in
-    which most changes, ``predicted`` the frame that its own codes give there."""
+    """What a model makes of clips. ``errors[version][metric]`` is of each transition, NaN for a window that lies beyond
+    the frame; ``walls[version]`` says of each brick whether the frame shows it. ``moment`` is the transition of each
+    clip in which most changes, ``predicted`` the frame that its own codes give there."""
 
     ids: Int[np.ndarray, "B t n"]
     errors: dict[str, dict[str, Float[np.ndarray, "B t"]]]
@@ -78,10 +78,7 @@ def measure(model: LatentActions, clips: Batch, group: int) -> Measured:
     video = np.asarray(clips.video)
     ids, codes = infer_codes(model, video, group)
     others = np.roll(codes, len(codes) // 2, axis=0)
-    windows = {
-        name: np.concatenate([x.center, np.where(x.visible[..., None], x.half, -1.0)], axis=-1)
-        for name, x in find_elements(clips.state).items()
-    }
+    windows = {name: np.concatenate([x.center, x.half], axis=-1) for name, x in find_elements(clips.state).items()}
     bricks = find_bricks(clips.state, (video.shape[2], video.shape[3], video.shape[4]))
     run = jax.jit(functools.partial(_assess, model.predict, bricks))
     errors, walls, moment, predicted = in_pieces(

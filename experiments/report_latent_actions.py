@@ -6,6 +6,7 @@ the codes that stand for real actions, from a few labelled clips.
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import warnings
@@ -154,14 +155,14 @@ def find_material(options: Options, config: dict[str, Any], shape: tuple[int, ..
         toy = from_json(ToyConfig, config["toy"], f"{options.run}: toy")
         source = ToySource(toy, ((1, frames),), seed)
         check_frames(source.spec, shape, options.run)
-        splits = {split: source.clips(split, options.clips, frames) for split in SPLITS}
+        splits: dict[str, Batch] = {split: source.clips(split, options.clips, frames) for split in SPLITS}
         labelled = source.clips("calibration", options.labelled_clips, frames)
         return Material(splits, labelled, source.spec.actions, TOY_ACTIONS, "the toy world", [])
     if options.data is None and not Path(data).exists():
         raise UserError(f"{options.run}: its data set {data} is not there")
     index = read_index(Path(data))
-    counts = {split: count_windows(index.episodes, split, frames) for split in SPLITS}
-    present = [split for split in SPLITS if counts[split] > 1]
+    counts: dict[Split, int] = {split: count_windows(index.episodes, split, frames) for split in SPLITS}
+    present: list[Split] = [split for split in SPLITS if counts[split] > 1]
     if not present:
         raise UserError(f"data: no two clips of {frames} frames found in a split of {data}, at least 2 expected")
     source = StoreSource(data, ((1, frames),), seed, present[0])
@@ -282,11 +283,10 @@ def book(model: LatentActions) -> Float[np.ndarray, "K D"]:
 def embed(vectors: Float[np.ndarray, "K D"], seed: int) -> tuple[Float[np.ndarray, "K 2"], str]:
     """The vectors on a plane, and how: t-SNE where scikit-learn is installed (the extra ``viz``), else PCA."""
     if importlib.util.find_spec("sklearn") is not None and len(vectors) > 4:
-        from sklearn.manifold import TSNE  # an extra
-
+        manifold = importlib.import_module("sklearn.manifold")  # an extra, which those who check types need not have
         with warnings.catch_warnings(action="ignore"):  # of a start that is nearly flat, and of its own future
             perplexity = min(30.0, (len(vectors) - 1) / 3)
-            made = TSNE(perplexity=perplexity, init="random", random_state=seed).fit_transform(vectors)
+            made = manifold.TSNE(perplexity=perplexity, init="random", random_state=seed).fit_transform(vectors)
         return made.astype(float), "t-SNE"
     centered = vectors - vectors.mean(0)
     left, sizes, _ = np.linalg.svd(centered.astype(float), full_matrices=False)

@@ -176,7 +176,7 @@ def test_what_never_differs_is_not_told(scores):
 # ----- bricks -----
 
 
-def test_bricks_are_right_where_the_prediction_shows_what_the_state_says(scores):
+def test_bricks_are_right_where_the_prediction_shows_what_the_state_says_and_a_ball_counts_in_play(scores):
     game = importlib.import_module("game_elements")
     there = np.ones((2, 3, 6, 18), bool)
     there[:, 1:, 2, 5] = False  # breaks in the first transition
@@ -185,7 +185,9 @@ def test_bricks_are_right_where_the_prediction_shows_what_the_state_says(scores)
         top, left = game.WALL_TOP + 6 * row, game.WALL_LEFT + 8 * column
         video[:, t, top : top + 6, left : left + 8] = game.ROW_COLORS[row]
     none = np.zeros((2, 3))
-    state = {"bricks": there}
+    ball = np.full((2, 3, 2), 40.0, np.float32)
+    ball[1, 2] = -100
+    state = {"bricks": there, "ball": ball, "ball_visible": np.array([[0, 1, 1], [1, 0, 1]], bool)}
     batch = Batch(video, {}, none.astype(np.float32), none > 0, none > 0, np.zeros(2, bool), state)
     lazy = scores.LatentActions(
         infer=lambda params, video: (jnp.zeros((len(video), 2, 1), int), jnp.zeros((len(video), 2, 1, 1))),
@@ -202,7 +204,9 @@ def test_bricks_are_right_where_the_prediction_shows_what_the_state_says(scores)
         **dict.fromkeys(("own_broken", "other_broken", "copy_broken"), 0.0),
     }
     assert figures["events"]["brick broken"]["labels"] == {"no": 2, "yes": 2}
-    assert figures["elements"] == {}
+    # In play in three of the four frames that transitions lead to, and beyond the frame in one of them.
+    assert figures["elements"]["ball"]["pairs"] == 2
+    assert figures["elements"]["ball"]["psnr"] == 100  # where nothing changes
     assert figures["actions"] is None
 
 

@@ -173,7 +173,7 @@ def read_calibration(path: Path, model: str) -> Calibration:
         raise UserError(f"{path}: the calibration cannot be read: {error}") from None
     kinds = {"actions": float, "codes": np.int64, "counts": np.int64, "fallback": np.int64, "scale": float}
     try:
-        arrays = {name: np.array(content[name], kind) for name, kind in kinds.items()}
+        arrays: dict[str, Any] = {name: np.array(content[name], kind) for name, kind in kinds.items()}
         rows, width, tokens = *arrays["actions"].shape, len(arrays["fallback"])
         shapes = [arrays[name].shape for name in ("codes", "counts", "scale")]
         if rows < 1 or shapes != [(rows, tokens), (rows,), (width,)]:
