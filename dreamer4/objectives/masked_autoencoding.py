@@ -105,7 +105,7 @@ class MaskedAutoencoding:
         patch, truth = self.model.config.patch, to_float(clips.video)
         painted = jnp.clip(reconstruct(self.model, params, truth), 0, 1)
         hidden = jax.random.bernoulli(key, 0.5, (*truth.shape[:2], patchify(truth, patch).shape[2], 1))
-        seen = unpatchify(jnp.where(hidden, 0.5, patchify(truth, patch)), patch, truth.shape[2:4])
+        seen = unpatchify(jnp.where(hidden, 0.5, patchify(truth, patch)), patch, (self.model.height, self.model.width))
         rows = [truth, seen, painted, jnp.clip(0.5 + (painted - truth), 0, 1)]
         rows = [jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0) for x in rows]
         return rearrange(jnp.stack(rows), "r b t h w c -> t (r h) (b w) c")
