@@ -38,6 +38,15 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class Settling(Protocol):
+    """An objective that sets some parameters itself after each step, such as a codebook of running means."""
+
+    def settle(self, params: PyTree, carry: PyTree) -> PyTree:
+        """The parameters with those set that ``carry`` decides."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -117,6 +126,9 @@ def make_step(
             # A young average forgets faster, so that it does not keep the random start.
             decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
             ema = optax.incremental_update(params, ema, 1 - decay)
+        if isinstance(objective, Settling):
+            params = objective.settle(params, carry)
+            ema = None if ema is None else objective.settle(ema, carry)
         finite = jnp.isfinite(norm)
         params, opt_state, carry, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
