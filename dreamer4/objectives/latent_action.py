@@ -1,0 +1,169 @@
+"""Learning latent actions: the next frame painted from the current one and the codes of what happened (LAPA; Genie).
+
+mse / rms(mse) + the quantizer's loss (commitment, codebook, entropy) + weights * (lpips / rms(lpips), variance)
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from dreamer4.batch import Batch
+from dreamer4.config import at_least
+from dreamer4.metrics.pixels import l2, mse_to_psnr, ssim
+from dreamer4.models.latent_action import (
+    LatentActionModel,
+    PairLatentAction,
+    decode,
+    encode,
+    infer,
+    init_latent_action,
+    predict,
+    quantize,
+)
+from dreamer4.models.patches import to_float
+from dreamer4.models.sequence_latent_action import SequenceLatentAction, hide_frames, variance_loss
+from dreamer4.nn.quantizers import VQConfig, VQState, update_vq
+from dreamer4.objectives.loss_scales import LossScales, init_scales, normalize
+from dreamer4.objectives.masked_autoencoding import Perceptual
+
+MOMENTS_DECAY = 0.99  # of batch norm's running moments
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentActionWeights:
+    """Weights beside the squared error's, which is 1."""
+
+    quantizer: float = 1.0
+    perceptual: float = 0.2
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "quantizer", "perceptual")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """What training remembers: loss scales; where a codebook is learned its state, its rows after the last step and
+    which of them are new; batch norm's moments."""
+
+    scales: LossScales
+    vq: VQState | None
+    codebook: Any
+    replaced: Any
+    moments: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentActionLearning:
+    """The objective on the transitions of clips. ``perceptual(weights, x, y)`` takes its weights from ``frozen``.
+
+    What a codebook and batch norm remember lives in the carry; ``settle`` copies it to the parameters, so that these
+    alone are all that inference needs.
+    """
+
+    model: LatentActionModel
+    weights: LatentActionWeights = LatentActionWeights()
+    perceptual: Perceptual | None = None
+
+    def init(self, key: PRNGKeyArray) -> tuple[PyTree, Carry]:
+        params, state = init_latent_action(self.model, key)
+        scales = init_scales(("mse",) if self.perceptual is None else ("mse", "lpips"))
+        codebook = params.get("codebook")
+        replaced = None if codebook is None else jnp.zeros(len(codebook), bool)
+        return params, Carry(scales, state, codebook, replaced, params.get("moments"))
+
+    def loss(
+        self, params: PyTree, carry: Carry, frozen: PyTree, batch: Batch, key: PRNGKeyArray, step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[Carry, dict[str, Array]]]:
+        video = to_float(batch.video)
+        vectors, seen = encode(self.model, params, video, train=True)
+        quantized = quantize(self.model, params, vectors)
+        hide_key, reset_key = jax.random.split(key)
+        hidden = self._hide(hide_key, (vectors.shape[0], vectors.shape[1]))
+        painted, more = decode(self.model, params, video, quantized.codes, hidden=hidden, train=True)
+        terms = {"mse": jnp.mean(jnp.square(painted - video[:, 1:]))}
+        if self.perceptual is not None:
+            ours, truth = (rearrange(x, "b t h w c -> (b t) h w c") for x in (painted, video[:, 1:]))
+            terms["lpips"] = self.perceptual(frozen, ours, truth).mean()
+        scaled, scales = normalize(terms, carry.scales)
+        loss = scaled["mse"] + self.weights.perceptual * scaled.get("lpips", 0.0)
+        loss = loss + self.weights.quantizer * quantized.loss
+        if isinstance(self.model, SequenceLatentAction):
+            spread = variance_loss(vectors, self.model.config.variance_target)
+            loss = loss + self.model.config.variance_weight * spread
+        carry = dataclasses.replace(carry, scales=scales, moments=_follow(carry.moments, seen | more))
+        if isinstance(self.model.quantizer, VQConfig) and carry.vq is not None:
+            codebook, state = update_vq(
+                self.model.quantizer, carry.vq, params["codebook"], vectors, quantized.ids, reset_key
+            )
+            replaced = jnp.any(codebook != params["codebook"], axis=-1)
+            carry = dataclasses.replace(carry, vq=state, codebook=codebook, replaced=replaced)
+        return loss, (carry, terms | {"quantizer": quantized.loss} | _use(quantized.usage))
+
+    def _hide(self, key: PRNGKeyArray, shape: tuple[int, int]) -> Bool[Array, "B _"] | None:
+        if isinstance(self.model, PairLatentAction):
+            return None
+        return hide_frames(key, shape, self.model.config.masked)
+
+    def settle(self, params: PyTree, carry: Carry) -> PyTree:
+        """The parameters with the codebook and the moments of the carry."""
+        if carry.moments is not None:
+            params = params | {"moments": carry.moments}
+        if carry.vq is not None:
+            # Rows that the step has not set itself are the optimizer's, where the codebook learns by gradient.
+            codebook = jnp.where(carry.replaced[:, None], carry.codebook, params["codebook"])
+            params = params | {"codebook": codebook}
+        return params
+
+    def evaluate(self, params: PyTree, frozen: PyTree, clips: Batch, key: PRNGKeyArray) -> dict[str, Array]:
+        """Of the frames predicted from their own codes, clipped to [0, 1]: the PSNR of the pooled squared error in dB,
+        the mean SSIM, the mean squared error. ``gain`` is the PSNR above that under another clip's codes, ``over_copy``
+        above that of the current frame; then the use of the codes."""
+        del frozen, key
+        quantized = jax.lax.map(lambda video: infer(self.model, params, to_float(video)[None]), clips.video)
+        codes, usage = quantized.codes[:, 0], quantized.usage.mean(0)
+
+        def errors(video: Array, own: Array, other: Array) -> tuple[Array, ...]:
+            frames = to_float(video)[None]
+            truth = frames[:, 1:]
+            painted, wrong = (jnp.clip(predict(self.model, params, frames, c[None]), 0, 1) for c in (own, other))
+            shown = (painted, wrong, frames[:, :-1])
+            return *(l2(x, truth).mean() for x in shown), ssim(painted, truth).mean()
+
+        mse, shuffled, copied, similarity = (
+            x.mean() for x in jax.lax.map(lambda x: errors(*x), (clips.video, codes, jnp.roll(codes, 1, axis=0)))
+        )
+        psnr, over = mse_to_psnr(mse), {"gain": mse_to_psnr(shuffled), "over_copy": mse_to_psnr(copied)}
+        gains = {name: psnr - other for name, other in over.items()}
+        return {"psnr": psnr, "ssim": similarity, "mse": mse} | gains | _use(usage)
+
+    def pictures(self, params: PyTree, frozen: PyTree, clips: Batch, key: PRNGKeyArray) -> Float[Array, "T H W C"]:
+        """Below each other for each clip in a column: the current frame, the next, its prediction from the codes, its
+        prediction from another clip's codes, and the first prediction's difference from the truth (grey is none)."""
+        del frozen, key
+        frames = to_float(clips.video)
+        codes = infer(self.model, params, frames).codes
+        painted, wrong = (
+            jnp.clip(predict(self.model, params, frames, c), 0, 1) for c in (codes, jnp.roll(codes, 1, axis=0))
+        )
+        truth = frames[:, 1:]
+        rows = jnp.stack([frames[:, :-1], truth, painted, wrong, jnp.clip(0.5 + (painted - truth), 0, 1)])
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0)
+        return rearrange(rows, "r b t h w c -> t (r h) (b w) c")
+
+
+def _follow(moments: PyTree, seen: PyTree) -> PyTree:
+    """Running moments, moved towards those of a batch; None where there are none."""
+    if moments is None:
+        return None
+    return jax.tree.map(lambda old, new: MOMENTS_DECAY * old + (1 - MOMENTS_DECAY) * new, moments, seen)
+
+
+def _use(usage: Float[Array, " K"]) -> dict[str, Array]:
+    """How many codes stand for something, as a share, and the perplexity of their use."""
+    entropy = -jnp.sum(usage * jnp.log(jnp.maximum(usage, 1e-12)))
+    return {"codes_used": jnp.mean(usage > 0), "perplexity": jnp.exp(entropy)}
