@@ -2,7 +2,8 @@
 
 Held-out clips are continued from their first frames, with each number K of denoising steps a frame. The figures go to
 the terminal and, step by step of the horizon, to ``evaluation.json``; ``dream.gif`` shows clips in columns (the truth,
-the dream, the difference), and ``curves.png`` how the figures change with the horizon.
+the dream, the difference), and ``curves.png`` how the figures change with the horizon. A run of latent actions gets the
+report of ``report_latent_actions.py``.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import report_latent_actions
 import tyro
 from curves import draw_curves
 from rich import box
@@ -88,6 +90,12 @@ def evaluate(options: Options) -> None:
     horizon = Horizon(options.context, options.horizon)
     if not options.run.is_dir():
         raise UserError(f"run: there is no {options.run}; train one with uv run experiments/train_dynamics.py")
+    if report_latent_actions.is_latent_action_run(options.run):
+        asked = report_latent_actions.Options(
+            options.run, options.data, options.clips, seed=options.seed, out=options.out
+        )
+        report_latent_actions.report(asked)
+        return
     trained = load_dynamics(options.run)
     steps = choose_steps(options.k, trained.model.config.k_max)
     generator = Generator(trained.tokenizer, trained.model, steps[0])
