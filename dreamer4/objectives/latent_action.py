@@ -124,8 +124,12 @@ class LatentActionLearning:
         the mean SSIM, the mean squared error. ``gain`` is the PSNR above that under another clip's codes, ``over_copy``
         above that of the current frame; then the use of the codes."""
         del frozen, key
-        quantized = jax.lax.map(lambda video: infer(self.model, params, to_float(video)[None]), clips.video)
-        codes, usage = quantized.codes[:, 0], quantized.usage.mean(0)
+
+        def happened(video: Array) -> tuple[Array, Array]:
+            found = infer(self.model, params, to_float(video)[None])
+            return found.codes[0], found.usage
+
+        codes, usage = jax.lax.map(happened, clips.video)
 
         def errors(video: Array, own: Array, other: Array) -> tuple[Array, ...]:
             frames = to_float(video)[None]
@@ -139,7 +143,7 @@ class LatentActionLearning:
         )
         psnr, over = mse_to_psnr(mse), {"gain": mse_to_psnr(shuffled), "over_copy": mse_to_psnr(copied)}
         gains = {name: psnr - other for name, other in over.items()}
-        return {"psnr": psnr, "ssim": similarity, "mse": mse} | gains | _use(usage)
+        return {"psnr": psnr, "ssim": similarity, "mse": mse} | gains | _use(usage.mean(0))
 
     def pictures(self, params: PyTree, frozen: PyTree, clips: Batch, key: PRNGKeyArray) -> Float[Array, "T H W C"]:
         """Below each other for each clip in a column: the current frame, the next, its prediction from the codes, its

@@ -217,7 +217,10 @@ def test_padding_beyond_the_frame_teaches_nothing_and_changes_no_pixel():
     video = jax.random.uniform(jax.random.key(1), (1, 2, 6, 9, 3))
     whole = jnp.pad(video, ((0, 0), (0, 0), (0, 2), (0, 3), (0, 0)), mode="edge")
     larger = dataclasses.replace(model, height=8, width=12)
-    np.testing.assert_array_equal(reconstruct(model, params, video), reconstruct(larger, params, whole)[:, :, :6, :9])
+    painted, expected = (
+        jax.jit(functools.partial(reconstruct, m))(params, x) for m, x in ((model, video), (larger, whole))
+    )
+    np.testing.assert_allclose(painted, expected[:, :, :6, :9], atol=1e-6)
 
 
 def test_bfloat16_is_near_float32(params):

@@ -1,0 +1,124 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamer4.errors import UserError
+from dreamer4.models.latent_action import (
+    LatentActionConfig,
+    PairConfig,
+    codes_of,
+    decode,
+    encode,
+    infer,
+    init_latent_action,
+    predict,
+)
+from dreamer4.models.sequence_latent_action import SequenceConfig
+from dreamer4.nn.quantizers import FSQConfig, VQConfig
+from dreamer4.nn.transformer import TransformerConfig
+
+PAIR = LatentActionConfig(pair=PairConfig(channels=(6, 8), code_width=3), vq=VQConfig(codes=5))
+SEQUENCE = dataclasses.replace(
+    PAIR,
+    model="sequence",
+    sequence=SequenceConfig(transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2)),
+)
+ROUNDED = dataclasses.replace(PAIR, quantizer="fsq", fsq=FSQConfig((3, 4, 5)))
+VIDEO = jax.random.uniform(jax.random.key(5), (2, 4, 10, 12, 3))
+
+
+@functools.cache
+def made(config, channels=3):
+    model = config.build(10, 12, channels)
+    return model, init_latent_action(model, jax.random.key(0))[0]
+
+
+def with_pair(**fields):
+    return dataclasses.replace(PAIR, pair=dataclasses.replace(PAIR.pair, **fields))
+
+
+def test_the_seeds_sizes():
+    model = LatentActionConfig().build(210, 160, 3)
+    assert model.sizes == ((210, 160), (105, 80), (53, 40), (27, 20), (14, 10), (7, 5))
+    assert (model.tokens, model.code_count, model.code_width) == (35, 256, 128)
+    params, _ = jax.eval_shape(functools.partial(init_latent_action, model), jax.random.key(0))
+    video = jax.ShapeDtypeStruct((1, 2, 210, 160, 3), jnp.float32)
+    codes = jax.ShapeDtypeStruct((1, 1, 35, 128), jnp.float32)
+    assert jax.eval_shape(functools.partial(predict, model), params, video, codes).shape == (1, 1, 210, 160, 3)
+    kernels = {name: x["kernel"].shape[1] for name, x in params["net"]["paint"].items() if "up" in name or "to" in name}
+    assert kernels == {"up_0": 512, "up_1": 256, "up_2": 128, "up_3": 64, "to_pixels": 3}
+
+
+@pytest.mark.parametrize("tokens", [None, 1, 4])
+def test_a_transition_gets_as_many_codes_as_asked(tokens):
+    model, params = made(with_pair(tokens=tokens))
+    found = infer(model, params, VIDEO)
+    count = 3 * 3 if tokens is None else tokens
+    assert model.tokens == count
+    assert found.ids.shape == (2, 3, count)
+    assert found.codes.shape == (2, 3, count, 3)
+    assert predict(model, params, VIDEO, found.codes).shape == (2, 3, 10, 12, 3)
+
+
+def test_gray_frames_are_frames():
+    model, params = made(PAIR, channels=1)
+    gray = VIDEO[..., :1]
+    assert predict(model, params, gray, infer(model, params, gray).codes).shape == (2, 3, 10, 12, 1)
+
+
+@pytest.mark.parametrize("config", [PAIR, ROUNDED, SEQUENCE], ids=["vq", "fsq", "sequence"])
+def test_ids_name_codes(config):
+    model, params = made(config)
+    found = infer(model, params, VIDEO)
+    np.testing.assert_allclose(codes_of(model, params, found.ids), found.codes, atol=1e-5)
+    assert int(found.ids.max()) < model.code_count
+
+
+def seen(function, *inputs):
+    """Of each frame of the first input, whether the output hangs on it."""
+    gradient = jax.grad(lambda x: jnp.sum(jnp.square(function(x, *inputs[1:]))))(inputs[0])
+    return np.any(np.asarray(gradient) != 0, axis=(0, *range(2, gradient.ndim))).tolist()
+
+
+def test_a_transition_is_told_from_its_two_frames_alone():
+    model, params = made(PAIR)
+    assert seen(lambda video: encode(model, params, video)[0][:, 1], VIDEO) == [False, True, True, False]
+
+
+@pytest.mark.parametrize("condition", ["film", "attention"])
+@pytest.mark.parametrize("tokens", [None, 2])
+def test_a_prediction_hangs_on_the_frame_before_and_its_own_codes_alone(condition, tokens):
+    model, params = made(with_pair(condition=condition, tokens=tokens))
+    codes = jax.random.normal(jax.random.key(1), (2, 3, model.tokens, 3))
+    assert seen(lambda video: predict(model, params, video, codes)[:, 1], VIDEO) == [False, True, False, False]
+    assert seen(lambda codes: predict(model, params, VIDEO, codes)[:, 1], codes) == [False, True, False]
+    by_code = jax.grad(lambda c: jnp.sum(jnp.square(predict(model, params, VIDEO, c))))(codes)
+    assert np.all(np.any(np.asarray(by_code) != 0, axis=-1))  # every one of the codes is heard
+
+
+def test_batch_norm_goes_by_its_running_moments_outside_training():
+    model, params = made(with_pair(norm="batch"))
+    both, seen_both = encode(model, params, VIDEO, train=True)
+    alone, _ = encode(model, params, VIDEO[:1], train=True)
+    assert np.abs(np.asarray(both[0] - alone[0])).max() > 1e-3  # in training the other clip has a say
+    together, one = (encode(model, params, video)[0] for video in (VIDEO, VIDEO[:1]))
+    np.testing.assert_allclose(together[0], one[0], rtol=1e-5, atol=1e-6)
+    _, more = decode(model, params, VIDEO, infer(model, params, VIDEO).codes, train=True)
+    assert jax.tree.structure(seen_both | more) == jax.tree.structure(params["moments"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PairConfig(channels=()), "channels"),
+        (lambda: PairConfig(tokens=0), "tokens"),
+        (lambda: dataclasses.replace(ROUNDED, fsq=FSQConfig((3, 4))), "pair.code_width: 3 found, 2 expected"),
+    ],
+)
+def test_models_that_cannot_be_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

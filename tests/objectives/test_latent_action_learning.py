@@ -1,0 +1,127 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dreamer4.batch import BatchSpec, fake_batch
+from dreamer4.models.latent_action import LatentActionConfig, PairConfig, infer
+from dreamer4.models.sequence_latent_action import SequenceConfig
+from dreamer4.nn.quantizers import FSQConfig, VQConfig
+from dreamer4.nn.transformer import TransformerConfig
+from dreamer4.objectives.latent_action import LatentActionLearning
+from dreamer4.train.state import init_state, make_step
+
+VQ = VQConfig(codes=4, reset_every=4)
+PAIR = LatentActionConfig(pair=PairConfig(channels=(8, 16), tokens=1, code_width=4), vq=VQ)
+KEY = jax.random.key(0)
+
+
+def objective(config=PAIR):
+    return LatentActionLearning(config.build(12, 12, 3))
+
+
+def moved_squares(clips=4):
+    """Clips of two frames in which the same square goes one of four ways."""
+    batch = fake_batch(BatchSpec(clips, 2, 12, 12))
+    video = np.zeros((clips, 2, 12, 12, 3), np.uint8)
+    for i, (dy, dx) in enumerate([(-3, 0), (3, 0), (0, -3), (0, 3)]):
+        for t in (0, 1):
+            top, left = 4 + dy * t, 4 + dx * t
+            video[i, t, top : top + 4, left : left + 4] = 255
+    return dataclasses.replace(batch, video=jnp.asarray(video))
+
+
+def trained(config, steps, learning_rate=3e-3):
+    learning = objective(config)
+    optimizer = optax.adam(learning_rate)
+    step = jax.jit(make_step(learning, optimizer))
+    state = jax.jit(functools.partial(init_state, learning, optimizer, ema=False))(KEY)
+    metrics = []
+    for _ in range(steps):
+        state, found = step(state, None, moved_squares(), KEY)
+        metrics.append(found)
+    return learning, state, metrics
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return trained(PAIR, 300)
+
+
+def test_what_happened_is_learned_and_the_codes_carry_it(fitted):
+    learning, state, _ = fitted
+    found = {k: float(v) for k, v in jax.jit(learning.evaluate)(state.params, None, moved_squares(), KEY).items()}
+    assert found["psnr"] > 25
+    assert found["gain"] > 10
+    assert found["codes_used"] == 1
+    ids = infer(learning.model, state.params, jnp.asarray(moved_squares().video) / 255.0).ids
+    assert len(np.unique(ids)) == 4
+
+
+def test_parameters_alone_are_what_inference_needs(fitted):
+    _, state, _ = fitted
+    np.testing.assert_array_equal(state.params["codebook"], state.carry.codebook)
+    assert int(state.carry.vq.steps) == 300
+
+
+def test_a_collapsed_codebook_is_used_again_after_a_reset():
+    learning = objective(dataclasses.replace(PAIR, vq=dataclasses.replace(VQ, entropy=0.0)))
+    optimizer = optax.sgd(0.0)
+    state = init_state(learning, optimizer, KEY, ema=False)
+    far = jnp.full((4, 4), 50.0).at[0].set(0.0)
+    vq = dataclasses.replace(state.carry.vq, sums=far)
+    state = dataclasses.replace(
+        state, params=state.params | {"codebook": far}, carry=dataclasses.replace(state.carry, vq=vq, codebook=far)
+    )
+    step = jax.jit(make_step(learning, optimizer))
+    used = []
+    for _ in range(6):
+        state, metrics = step(state, None, moved_squares(), KEY)
+        used.append(float(metrics["codes_used"]))
+    assert used[:4] == [0.25] * 4
+    assert used[4] >= 0.75
+
+
+def test_a_codebook_that_learns_by_gradient_is_the_optimizers():
+    config = dataclasses.replace(PAIR, vq=dataclasses.replace(VQ, codebook="loss", reset_every=100))
+    learning = objective(config)
+    optimizer = optax.sgd(0.1)
+    state = init_state(learning, optimizer, KEY, ema=False)
+    before = state.params["codebook"]
+    state, metrics = jax.jit(make_step(learning, optimizer))(state, None, moved_squares(), KEY)
+    moved = np.any(np.asarray(state.params["codebook"] != before), axis=1)
+    assert moved.sum() > 0
+    assert float(metrics["quantizer"]) > 0
+
+
+def test_batch_norm_remembers_what_batches_were_like():
+    config = dataclasses.replace(PAIR, pair=dataclasses.replace(PAIR.pair, norm="batch"))
+    _, state, _ = trained(config, 3)
+    first = state.params["moments"]["pair"]["norm_0"]
+    assert np.all(np.asarray(first[1]) < 1)
+    np.testing.assert_allclose(first, state.carry.moments["pair"]["norm_0"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("variance_weight", [0.0, 1.0])
+def test_the_model_of_clips_is_trained_by_the_same_loss(variance_weight):
+    config = LatentActionConfig(
+        model="sequence",
+        quantizer="fsq",
+        fsq=FSQConfig((3, 3)),
+        sequence=SequenceConfig(
+            code_width=2,
+            variance_weight=variance_weight,
+            transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2),
+        ),
+    )
+    learning = objective(config)
+    params, carry = learning.init(KEY)
+    batch = fake_batch(BatchSpec(2, 4, 12, 12))
+    value, (_, metrics) = jax.jit(learning.loss)(params, carry, None, batch, KEY, jnp.int32(0))
+    low = float(value) - 1.0  # the scaled squared error is 1 at the first step
+    assert (low > 1e-3) == (variance_weight > 0)
+    assert np.isfinite(float(metrics["mse"]))
