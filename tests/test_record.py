@@ -21,7 +21,12 @@ def start(folder, *arguments):
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, SCRIPT, *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+    # What runs in a shell's background ignores Ctrl-C, and so would all that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def snapshot(path):

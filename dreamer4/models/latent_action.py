@@ -282,7 +282,7 @@ def quantize(model: LatentActionModel, params: PyTree, vectors: Float[Array, "*l
     """The codes of what ``encode`` returns."""
     if isinstance(model.quantizer, FSQConfig):
         return fsq(model.quantizer, vectors)
-    return vq(model.quantizer, params["codebook"], vectors)
+    return vq(model.quantizer, jnp.asarray(params["codebook"]), vectors)
 
 
 def infer(model: LatentActionModel, params: PyTree, video: Float[Array, "B T H W C"]) -> Quantized:
@@ -301,7 +301,7 @@ def codes_of(model: LatentActionModel, params: PyTree, ids: Int[Array, "*lead n"
     """The codes of these ids."""
     if isinstance(model.quantizer, FSQConfig):
         return fsq_codes(model.quantizer, ids)
-    return params["codebook"][ids]
+    return jnp.asarray(params["codebook"])[ids]
 
 
 def _init_pair(model: PairLatentAction, key: PRNGKeyArray) -> dict[str, PyTree]:

@@ -86,4 +86,4 @@ def halved(size: tuple[int, int]) -> tuple[int, int]:
 def _parameters(module: nn.Module, x: Array, side: int, features: int) -> tuple[Array, Array]:
     kernel = module.param("kernel", nn.initializers.zeros, (side * side * x.shape[-1], features))
     bias = module.param("bias", nn.initializers.zeros, (features,))
-    return kernel.reshape(side, side, x.shape[-1], features).astype(x.dtype), bias.astype(x.dtype)
+    return jnp.asarray(kernel, x.dtype).reshape(side, side, x.shape[-1], features), jnp.asarray(bias, x.dtype)

@@ -5,7 +5,7 @@ Both are pure functions. What a codebook remembers from step to step is a ``VQSt
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -59,13 +59,14 @@ class VQConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VQState:
-    """``counts`` and ``sums`` are running means, per step, of how many vectors a code stood for and of their sum;
-    ``used`` counts those since the last reset, ``steps`` the steps."""
+    """``counts`` (K,) and ``sums`` (K, D) are running means, per step, of how many vectors a code stood for and of
+    their sum; ``used`` (K,) counts those since the last reset, ``steps`` the steps. Arrays, or in their place shapes or
+    shardings, as everything that a training state holds."""
 
-    counts: Float[Array, " K"]
-    sums: Float[Array, "K D"]
-    used: Float[Array, " K"]
-    steps: Int[Array, ""]
+    counts: Any
+    sums: Any
+    used: Any
+    steps: Any
 
 
 def init_vq(config: VQConfig, width: int, key: PRNGKeyArray) -> tuple[Float[Array, "K D"], VQState]:
