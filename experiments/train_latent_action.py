@@ -56,8 +56,12 @@ class Config:
 
 TOY = Config(
     latent_action=LatentActionConfig(
-        pair=PairConfig(channels=(32, 64, 128), tokens=1, code_width=16), vq=VQConfig(codes=4, reset_every=50)
+        pair=PairConfig(
+            channels=(32, 64), tokens=1, code_width=4, frame_norm="none", odd=True, gated=True, pool="mean", unit=True
+        ),
+        vq=VQConfig(codes=4, entropy=0.0, reset_every=50),
     ),
+    weights=LatentActionWeights(warmup=0.1),
     optimizer=OptimizerConfig(
         name="muon",
         learning_rate=1e-2,
@@ -140,7 +144,7 @@ def make_objective(config: Config, spec: BatchSpec) -> tuple[LatentActionLearnin
     if config.train.eval_length < 2:
         raise UserError(f"train.eval_length: {config.train.eval_length} found, 2 or more expected")
     distance, weights = load_perceptual(config.perceptual, "float32")
-    return LatentActionLearning(model, config.weights, distance), weights
+    return LatentActionLearning(model, config.weights, config.train.steps, distance), weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dreamer4.errors import UserError
 from dreamer4.models.sequence_latent_action import SequenceConfig, SequenceLatentAction, init_sequence
 from dreamer4.nn.attention import attend
 from dreamer4.nn.conv import Convolution, Moments, Norm, NormKind, TransposedConvolution, halved
-from dreamer4.nn.layers import Linear, draw_kernels
+from dreamer4.nn.layers import Linear, draw_kernels, rms_normalize
 from dreamer4.nn.quantizers import FSQConfig, Quantized, VQConfig, VQState, fsq, fsq_codes, init_vq, vq
 
 HEADS = 4  # of cross-attention to the codes
@@ -44,6 +44,19 @@ class PairConfig:
     """How codes reach the decoder: scale and shift of its features (FiLM, Perez et al. 2018), or cross-attention from
     each place to the codes."""
     norm: NormKind = "group"
+    frame_norm: NormKind | None = None
+    """Norm of the current frame's convolutions and of the decoder, None for ``norm``; ``none`` keeps colours as they
+    are."""
+    odd: bool = False
+    """Vectors that change their sign when the two frames change places, so that what does not move says nothing:
+    without it small models find codes for what is seen before codes for what happens (docs/latent_actions.md)."""
+    gated: bool = False
+    """Multiply the first convolution of the pair by another of the same frames. Products of changes and edges tell a
+    motion whatever the colours (motion energy, Adelson & Bergen 1985)."""
+    pool: Literal["flatten", "mean"] = "flatten"
+    """How places become ``tokens`` codes: each place weighed on its own, or all alike."""
+    unit: bool = False
+    """Bring each vector to a root mean square of 1 before it is quantized."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     """Compute activations again in the backward pass, which takes less memory."""
@@ -57,9 +70,11 @@ class PairConfig:
 
 
 class Encoder(nn.Module):
-    """Convolutions of stride 2, each with a norm and a ReLU."""
+    """Convolutions of stride 2, each with a norm and a ReLU; the first may be multiplied by another."""
 
     config: PairConfig
+    norm: NormKind
+    gated: bool = False
 
     @nn.compact
     def __call__(
@@ -67,8 +82,10 @@ class Encoder(nn.Module):
     ) -> tuple[Float[Array, "B h w D"], Moments]:
         seen: Moments = {}
         for i, features in enumerate(self.config.channels):
-            x = Convolution(features, self.config.kernel, 2, name=f"down_{i}")(x)
-            x = nn.relu(_normalize(self.config.norm, f"norm_{i}", x, moments, seen))
+            y = Convolution(features, self.config.kernel, 2, name=f"down_{i}")(x)
+            if self.gated and i == 0:
+                y = y * Convolution(features, self.config.kernel, 2, name="gate")(x)
+            x = nn.relu(_normalize(self.norm, f"norm_{i}", y, moments, seen))
         return x, seen
 
 
@@ -77,6 +94,7 @@ class Decoder(nn.Module):
     but through the smallest grid: there are no skip connections."""
 
     config: PairConfig
+    norm: NormKind
     sizes: tuple[tuple[int, int], ...]
     """Height and width of the frame and after each convolution."""
     channels: int
@@ -91,7 +109,7 @@ class Decoder(nn.Module):
         *hidden, last = (*self.config.channels[-2::-1], self.channels)
         for i, features in enumerate(hidden):
             x = TransposedConvolution(features, self.sizes[-2 - i], self.config.kernel, name=f"up_{i}")(x)
-            x = nn.relu(_normalize(self.config.norm, f"norm_{i}", x, moments, seen))
+            x = nn.relu(_normalize(self.norm, f"norm_{i}", x, moments, seen))
         return TransposedConvolution(last, self.sizes[0], self.config.kernel, name="to_pixels")(x), seen
 
 
@@ -141,10 +159,11 @@ class PairLatentAction(nn.Module):
         c = self.config
         encoder = nn.remat(Encoder) if c.remat else Encoder
         decoder = nn.remat(Decoder) if c.remat else Decoder
-        self.pair = encoder(c)
-        self.to_codes = Linear(c.code_width if c.tokens is None else c.tokens * c.code_width, bias=True)
-        self.frame = encoder(c)
-        self.paint = decoder(c, self.sizes, self.channels)
+        norm = c.norm if c.frame_norm is None else c.frame_norm
+        self.pair = encoder(c, c.norm, c.gated)
+        self.to_codes = Linear(c.code_width if c.tokens is None else c.tokens * c.code_width, bias=not c.odd)
+        self.frame = encoder(c, norm)
+        self.paint = decoder(c, norm, self.sizes, self.channels)
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -174,11 +193,25 @@ class PairLatentAction(nn.Module):
         self, video: Float[Array, "B T H W C"], moments: Seen | None = None
     ) -> tuple[Float[Array, "B T-1 n D"], Seen]:
         """What is to be quantized of each transition, float32, and the moments that batch norm saw."""
-        pairs = jnp.concatenate([video[:, :-1], video[:, 1:]], axis=-1)
-        x, seen = self.pair(self._flat(pairs), (moments or {}).get("pair"))
-        x = x if self.config.tokens is None else x.reshape(len(x), 1, 1, -1)
+        before, after = self._flat(video[:, :-1]), self._flat(video[:, 1:])
+        if self.config.odd:
+            # As mean and difference: what changes places is a sign alone.
+            mean, change = (before + after) / 2, (after - before) / 2
+            pairs = jnp.concatenate([jnp.stack([mean, mean]), jnp.stack([change, -change])], axis=-1)
+            x, seen = self.pair(rearrange(pairs, "o b h w c -> (o b) h w c"), (moments or {}).get("pair"))
+            forwards, backwards = jnp.split(self._pooled(x), 2)
+            x = forwards - backwards
+        else:
+            x, seen = self.pair(jnp.concatenate([before, after], axis=-1), (moments or {}).get("pair"))
+            x = self._pooled(x)
         vectors = self.to_codes(x).astype(jnp.float32)
-        return vectors.reshape(len(video), -1, self.tokens, self.code_width), {"pair": seen}
+        vectors = vectors.reshape(len(video), -1, self.tokens, self.code_width)
+        return rms_normalize(vectors) if self.config.unit else vectors, {"pair": seen}
+
+    def _pooled(self, x: Float[Array, "B h w D"]) -> Float[Array, "B *place E"]:
+        if self.config.tokens is None:
+            return x
+        return x.mean((1, 2)) if self.config.pool == "mean" else x.reshape(len(x), -1)
 
     def decode(
         self,

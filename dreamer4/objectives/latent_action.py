@@ -39,9 +39,11 @@ class LatentActionWeights:
 
     quantizer: float = 1.0
     perceptual: float = 0.2
+    warmup: float = 0.0
+    """Share of the run in which vectors reach the decoder as they are; over as long again, codes take their place."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "quantizer", "perceptual")
+        at_least(0, self, "quantizer", "perceptual", "warmup")
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +61,8 @@ class Carry:
 
 @dataclasses.dataclass(frozen=True)
 class LatentActionLearning:
-    """The objective on the transitions of clips. ``perceptual(weights, x, y)`` takes its weights from ``frozen``.
+    """The objective on the transitions of clips. ``perceptual(weights, x, y)`` takes its weights from ``frozen``;
+    ``steps`` is the length of the run, for the warm-up.
 
     What a codebook and batch norm remember lives in the carry; ``settle`` copies it to the parameters, so that these
     alone are all that inference needs.
@@ -67,6 +70,7 @@ class LatentActionLearning:
 
     model: LatentActionModel
     weights: LatentActionWeights = LatentActionWeights()
+    steps: int = 1
     perceptual: Perceptual | None = None
 
     def init(self, key: PRNGKeyArray) -> tuple[PyTree, Carry]:
@@ -84,14 +88,16 @@ class LatentActionLearning:
         quantized = quantize(self.model, params, vectors)
         hide_key, reset_key = jax.random.split(key)
         hidden = self._hide(hide_key, (vectors.shape[0], vectors.shape[1]))
-        painted, more = decode(self.model, params, video, quantized.codes, hidden=hidden, train=True)
+        hardness = self._hardness(step)
+        codes = vectors + hardness * (quantized.codes - vectors)  # the gradient is the vectors', whatever the hardness
+        painted, more = decode(self.model, params, video, codes, hidden=hidden, train=True)
         terms = {"mse": jnp.mean(jnp.square(painted - video[:, 1:]))}
         if self.perceptual is not None:
             ours, truth = (rearrange(x, "b t h w c -> (b t) h w c") for x in (painted, video[:, 1:]))
             terms["lpips"] = self.perceptual(frozen, ours, truth).mean()
         scaled, scales = normalize(terms, carry.scales)
         loss = scaled["mse"] + self.weights.perceptual * scaled.get("lpips", 0.0)
-        loss = loss + self.weights.quantizer * quantized.loss
+        loss = loss + hardness * self.weights.quantizer * quantized.loss
         if isinstance(self.model, SequenceLatentAction):
             spread = variance_loss(vectors, self.model.config.variance_target)
             loss = loss + self.model.config.variance_weight * spread
@@ -103,6 +109,12 @@ class LatentActionLearning:
             replaced = jnp.any(codebook != params["codebook"], axis=-1)
             carry = dataclasses.replace(carry, vq=state, codebook=codebook, replaced=replaced)
         return loss, (carry, terms | {"quantizer": quantized.loss} | _use(quantized.usage))
+
+    def _hardness(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        """0 where vectors are taken as they are, 1 where codes stand for them."""
+        if not self.weights.warmup:
+            return jnp.ones(())
+        return jnp.clip((step / self.steps - self.weights.warmup) / self.weights.warmup, 0.0, 1.0)
 
     def _hide(self, key: PRNGKeyArray, shape: tuple[int, int]) -> Bool[Array, "B _"] | None:
         if isinstance(self.model, PairLatentAction):

@@ -89,6 +89,23 @@ def test_a_transition_is_told_from_its_two_frames_alone():
     assert seen(lambda video: encode(model, params, video)[0][:, 1], VIDEO) == [False, True, True, False]
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_odd_vectors_change_their_sign_with_the_order_of_the_frames(gated):
+    model, params = made(with_pair(odd=True, gated=gated, tokens=2, pool="mean"))
+    forwards, _ = encode(model, params, VIDEO)
+    backwards, _ = encode(model, params, VIDEO[:, ::-1])
+    assert np.abs(np.asarray(forwards)).max() > 1e-3
+    np.testing.assert_allclose(forwards, -backwards[:, ::-1], atol=1e-6)
+    still, _ = encode(model, params, jnp.repeat(VIDEO[:, :1], 3, axis=1))
+    np.testing.assert_allclose(still, np.zeros_like(still), atol=1e-6)
+
+
+def test_unit_vectors_have_one_size():
+    model, params = made(with_pair(unit=True))
+    vectors, _ = encode(model, params, VIDEO)
+    np.testing.assert_allclose(jnp.mean(jnp.square(vectors), -1), np.ones(vectors.shape[:-1]), rtol=1e-3)
+
+
 @pytest.mark.parametrize("condition", ["film", "attention"])
 @pytest.mark.parametrize("tokens", [None, 2])
 def test_a_prediction_hangs_on_the_frame_before_and_its_own_codes_alone(condition, tokens):

@@ -12,7 +12,7 @@ from dreamer4.models.latent_action import LatentActionConfig, PairConfig, infer
 from dreamer4.models.sequence_latent_action import SequenceConfig
 from dreamer4.nn.quantizers import FSQConfig, VQConfig
 from dreamer4.nn.transformer import TransformerConfig
-from dreamer4.objectives.latent_action import LatentActionLearning
+from dreamer4.objectives.latent_action import LatentActionLearning, LatentActionWeights
 from dreamer4.train.state import init_state, make_step
 
 VQ = VQConfig(codes=4, reset_every=4)
@@ -96,6 +96,20 @@ def test_a_codebook_that_learns_by_gradient_is_the_optimizers():
     moved = np.any(np.asarray(state.params["codebook"] != before), axis=1)
     assert moved.sum() > 0
     assert float(metrics["quantizer"]) > 0
+
+
+def test_vectors_reach_the_decoder_as_they_are_until_the_warm_up_ends():
+    learning = dataclasses.replace(objective(), weights=LatentActionWeights(warmup=0.25), steps=100)
+    params, carry = learning.init(KEY)
+    hardness = [float(learning._hardness(jnp.int32(step))) for step in (0, 25, 30, 50, 99)]
+    np.testing.assert_allclose(hardness, [0, 0, 0.2, 1, 1], atol=1e-6)
+    # With no codebook in the way, it makes no difference to the loss.
+    other = params | {"codebook": params["codebook"] + 1.0}
+    for step, same in ((0, True), (99, False)):
+        losses = [
+            float(learning.loss(p, carry, None, moved_squares(), KEY, jnp.int32(step))[0]) for p in (params, other)
+        ]
+        assert (losses[0] == losses[1]) == same
 
 
 def test_batch_norm_remembers_what_batches_were_like():
