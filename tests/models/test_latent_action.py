@@ -92,6 +92,7 @@ def test_a_transition_is_told_from_its_two_frames_alone():
 @pytest.mark.parametrize("gated", [False, True])
 def test_odd_vectors_change_their_sign_with_the_order_of_the_frames(gated):
     model, params = made(with_pair(odd=True, gated=gated, tokens=2, pool="mean"))
+    assert "bias" not in params["net"]["to_codes"]
     forwards, _ = encode(model, params, VIDEO)
     backwards, _ = encode(model, params, VIDEO[:, ::-1])
     assert np.abs(np.asarray(forwards)).max() > 1e-3
