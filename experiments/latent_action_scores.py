@@ -10,17 +10,19 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from game_elements import Bricks, Event, find_bricks, find_elements, find_events
-from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 
 from dreamer4.batch import ActionSpace, Batch
 from dreamer4.metrics.codes import contingency, joint, nmi, perplexity, purity, usage
 from dreamer4.metrics.pixels import SSIM_RADIUS, l1, l2, mse_to_psnr, ssim
 from dreamer4.metrics.regions import shown, window_l2
 from dreamer4.models.patches import to_float
+
+# isort: split
+import jax  # (after dreamer4, which says how much XLA prints)
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree, Shaped, UInt8
 
 VERSIONS = ("own", "other", "copy")
 """What is compared with the true next frame: the prediction from the pair's own codes, that from another pair's, and

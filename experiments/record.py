@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 
 from dreamer4.config import at_least
@@ -23,6 +22,9 @@ from dreamer4.data.toy_player import ToyPlayer, ToyPlayerConfig
 from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 from dreamer4.train import cli
+
+# isort: split
+import jax  # (after dreamer4, which says how much XLA prints)
 
 Flat = tyro.conf.OmitArgPrefixes
 

@@ -131,3 +131,15 @@ def test_pins_tell_a_change_from_a_release_that_gained_a_wheel(pins, fresh, comp
     )
     found = pins.differences(project, {"base.txt": OLD, "build.txt": ""}, {"base.txt": fresh, "build.txt": ""})
     assert any(complaint in line for line in found) if complaint else found == []
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.stem)
+def test_experiments_import_dreamer4_before_jax(script):
+    """It sets what jax reads when it is first imported."""
+    lines = script.read_text().splitlines()
+    # (The names of jaxtyping that are jax's own import it.)
+    jax = [
+        i for i, line in enumerate(lines) if re.match(r"import jax|from jax\.|from jaxtyping .*(Array|PyTree)", line)
+    ]
+    ours = [i for i, line in enumerate(lines) if line.startswith("from dreamer4")]
+    assert not jax or ours[0] < jax[0]
