@@ -23,6 +23,7 @@ from dreamer4.data.episodes import (
     EpisodeEntry,
     Index,
     Schema,
+    array_metadata,
     array_spec,
     group_columns,
     index_to_json,
@@ -40,7 +41,6 @@ from dreamer4.errors import UserError
 CHUNK_BYTES = 2**20
 FRAMES_PER_CHUNK = (4, 32)
 ROWS_PER_CHUNK = 4096  # of the columns beside the frames
-ZSTD_LEVEL = 3
 WRITES_AHEAD = 4  # chunks on their way to the disk, which bounds the writer's memory
 
 
@@ -260,19 +260,7 @@ def _check_same_schema(path: Path, old: Schema, new: Schema) -> None:
 def _create_array(folder: Path, name: str, column: Column) -> ts.TensorStore:
     row_bytes = int(np.prod(column.shape)) * column.dtype.itemsize
     chunk = int(np.clip(CHUNK_BYTES // row_bytes, *FRAMES_PER_CHUNK)) if name == "video" else ROWS_PER_CHUNK
-    metadata = {
-        "shape": [0, *column.shape],
-        "data_type": column.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk, *column.shape]}},
-        # One flat folder of chunks instead of a folder per dimension.
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        # The checksum turns a flipped bit into an error rather than a wrong frame.
-        "codecs": [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "zstd", "configuration": {"level": ZSTD_LEVEL}},
-            {"name": "crc32c"},
-        ],
-    }
+    metadata = array_metadata(column, chunk)
     return ts.open(array_spec(folder / name) | {"metadata": metadata}, create=True).result()
 
 
