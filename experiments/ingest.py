@@ -4,6 +4,7 @@ FORMAT is one of ``png`` (folders of numbered pictures), ``jsonl`` (a folder of 
 and ``npz``. What could not be used is listed at the end; where frames do not follow each other, episodes are cut.
 """
 
+import abc
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from dreamer4.train.cli import progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(abc.ABC):
     """What every format takes."""
 
     source: tyro.conf.Positional[Path]
@@ -36,9 +37,9 @@ class Options:
     """The data set's folder."""
     ingest: Annotated[IngestOptions, tyro.conf.OmitArgPrefixes] = IngestOptions()
 
+    @abc.abstractmethod
     def open(self) -> Footage:
         """The source. Raises UserError where it is none of this format."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
