@@ -35,7 +35,7 @@ class PairConfig:
     channels: tuple[int, ...] = (64, 128, 256, 512, 512)
     """Of each convolution of stride 2, in the encoders; the decoder goes the same way back."""
     kernel: int = 4
-    """Side of their kernels."""
+    """Side of the encoders' kernels; the decoder's are 4."""
     tokens: int | None = None
     """Codes of a transition; None for one at each place that the convolutions leave."""
     code_width: int = 128
@@ -108,9 +108,9 @@ class Decoder(nn.Module):
         x = nn.relu(told(name="condition")(x, codes.astype(x.dtype)))
         *hidden, last = (*self.config.channels[-2::-1], self.channels)
         for i, features in enumerate(hidden):
-            x = TransposedConvolution(features, self.sizes[-2 - i], self.config.kernel, name=f"up_{i}")(x)
+            x = TransposedConvolution(features, self.sizes[-2 - i], name=f"up_{i}")(x)
             x = nn.relu(_normalize(self.norm, f"norm_{i}", x, moments, seen))
-        return TransposedConvolution(last, self.sizes[0], self.config.kernel, name="to_pixels")(x), seen
+        return TransposedConvolution(last, self.sizes[0], name="to_pixels")(x), seen
 
 
 class Film(nn.Module):

