@@ -44,7 +44,8 @@ class VQConfig:
     temperature: float = 0.1
     """Of the soft assignment, in units of the mean squared distance between vectors and codes."""
     reset_every: int = 100
-    """Steps after which codes that stood for nothing since the last time are put where vectors of the batch are."""
+    """Steps after which codes that stood for nothing since the last time are put where vectors of the batch are that
+    have no code near them."""
 
     def __post_init__(self) -> None:
         at_least(2, self, "codes")
@@ -106,11 +107,14 @@ def update_vq(
     """The codebook after a step in which ``ids`` stood for the vectors ``x``, and its state.
 
     Running means move (``ema``); every ``reset_every`` steps, codes that stood for nothing since the last reset become
-    vectors of this batch, each another one. A batch of fewer vectors than dead codes leaves the rest for later.
+    vectors of this batch, each another one, drawn by their squared distance from their codes (as k-means++ seeds,
+    Arthur & Vassilvitskii 2007): where most transitions are alike, others would hardly ever be drawn. A batch of fewer
+    vectors than dead codes leaves the rest for later.
     """
     vectors = jax.lax.stop_gradient(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
     codebook = jax.lax.stop_gradient(codebook)
     flat = ids.reshape(-1)
+    nearest = codebook[flat]
     chosen = jnp.bincount(flat, length=config.codes).astype(jnp.float32)
     total = jnp.zeros_like(codebook).at[flat].add(vectors)
     counts = config.decay * state.counts + (1 - config.decay) * chosen
@@ -119,8 +123,9 @@ def update_vq(
     if config.codebook == "ema":
         codebook = jnp.where(counts[:, None] > 1e-6, sums / jnp.maximum(counts, 1e-6)[:, None], codebook)
 
-    # The n-th dead code takes the n-th of the vectors in a random order.
-    order = jax.random.permutation(key, len(vectors))
+    # The n-th dead code takes the n-th of the vectors in a random order, the greatest first of log weight + Gumbel.
+    distance = jnp.sum(jnp.square(vectors - nearest), axis=-1)
+    order = jnp.argsort(-(jnp.log(distance) + jax.random.gumbel(key, distance.shape)))
     dead = (used == 0) & (steps % config.reset_every == 0)
     place = jnp.cumsum(dead) - 1
     reset = dead & (place < len(vectors))

@@ -1,6 +1,7 @@
 """Learning latent actions: the next frame painted from the current one and the codes of what happened (LAPA; Genie).
 
-mse / rms(mse) + the quantizer's loss (commitment, codebook, entropy) + weights * (lpips / rms(lpips), variance)
+mse / rms(mse) + the quantizer's loss (commitment, codebook, entropy)
+    + weights * (changed / rms(changed), lpips / rms(lpips), variance)
 """
 
 import dataclasses
@@ -38,12 +39,15 @@ class LatentActionWeights:
     """Weights beside the squared error's, which is 1."""
 
     quantizer: float = 1.0
+    changed: float = 0.0
+    """The squared error over those pixels alone that the transition changes: where these are few, as in most games, the
+    mean over all pixels hardly sees them."""
     perceptual: float = 0.2
     warmup: float = 0.0
     """Share of the run in which vectors reach the decoder as they are; over as long again, codes take their place."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "quantizer", "perceptual", "warmup")
+        at_least(0, self, "quantizer", "changed", "perceptual", "warmup")
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +79,8 @@ class LatentActionLearning:
 
     def init(self, key: PRNGKeyArray) -> tuple[PyTree, Carry]:
         params, state = init_latent_action(self.model, key)
-        scales = init_scales(("mse",) if self.perceptual is None else ("mse", "lpips"))
+        names = ["mse"] + ["changed"] * (self.weights.changed > 0) + ["lpips"] * (self.perceptual is not None)
+        scales = init_scales(tuple(names))
         codebook = params.get("codebook")
         replaced = None if codebook is None else jnp.zeros(len(codebook), bool)
         return params, Carry(scales, state, codebook, replaced, params.get("moments"))
@@ -91,12 +96,16 @@ class LatentActionLearning:
         hardness = self._hardness(step)
         codes = vectors + hardness * (quantized.codes - vectors)  # the gradient is the vectors', whatever the hardness
         painted, more = decode(self.model, params, video, codes, hidden=hidden, train=True)
-        terms = {"mse": jnp.mean(jnp.square(painted - video[:, 1:]))}
+        error = jnp.square(painted - video[:, 1:])
+        terms = {"mse": jnp.mean(error)}
+        if self.weights.changed:
+            terms["changed"] = _mean_where(jnp.any(batch.video[:, 1:] != batch.video[:, :-1], axis=-1), error)
         if self.perceptual is not None:
             ours, truth = (rearrange(x, "b t h w c -> (b t) h w c") for x in (painted, video[:, 1:]))
             terms["lpips"] = self.perceptual(frozen, ours, truth).mean()
         scaled, scales = normalize(terms, carry.scales)
-        loss = scaled["mse"] + self.weights.perceptual * scaled.get("lpips", 0.0)
+        loss = scaled["mse"] + self.weights.changed * scaled.get("changed", 0.0)
+        loss = loss + self.weights.perceptual * scaled.get("lpips", 0.0)
         loss = loss + hardness * self.weights.quantizer * quantized.loss
         if isinstance(self.model, SequenceLatentAction):
             spread = variance_loss(vectors, self.model.config.variance_target)
@@ -177,6 +186,12 @@ def _follow(moments: PyTree, seen: PyTree) -> PyTree:
     if moments is None:
         return None
     return jax.tree.map(lambda old, new: MOMENTS_DECAY * old + (1 - MOMENTS_DECAY) * new, moments, seen)
+
+
+def _mean_where(chosen: Bool[Array, "B T H W"], x: Float[Array, "B T H W C"]) -> Float[Array, ""]:
+    """The mean over the chosen pixels; 0 where none is."""
+    total = jnp.sum(jnp.where(chosen[..., None], x, 0.0))
+    return total / (x.shape[-1] * jnp.maximum(jnp.sum(chosen), 1))
 
 
 def _use(usage: Float[Array, " K"]) -> dict[str, Array]:
