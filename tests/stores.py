@@ -21,6 +21,7 @@ def write_store(
     lengths: Mapping[str, int],
     size: tuple[int, int] = (16, 16),
     *,
+    channels: int = 3,
     choices: int = 5,
     action: int | None = None,
     noise: bool = False,
@@ -29,7 +30,7 @@ def write_store(
     """A data set of episodes by id and length, black or of noise, under one action from their second frame on or under
     random ones. Without ``choices`` there are no actions."""
     space = (ActionComponent("action", "categorical", choices),) if choices else ()
-    schema = Schema((*size, 3), space)
+    schema = Schema((*size, channels), space)
     rng = np.random.default_rng(0)
     with EpisodeWriter(path, schema, {"made": "by a test"}) as writer:
         for name, length in lengths.items():

@@ -23,7 +23,7 @@ from dreamer4.batch import Batch, BatchSpec
 from dreamer4.config import at_least
 from dreamer4.errors import UserError
 from dreamer4.train.checkpoint import Checkpoints
-from dreamer4.train.logging import MetricsLog, Progress, Sink
+from dreamer4.train.logging import Metric, MetricsLog, Progress, Sink, memory
 from dreamer4.train.optimizer import OptimizerConfig, make_optimizer
 from dreamer4.train.run_folder import RunFolder
 from dreamer4.train.samples import write_gif, write_png
@@ -297,7 +297,7 @@ class _Loop:
         config, last = self.config, step == self.config.steps
         if last or step % config.log_every == 0:
             self.unread = (step, metrics)
-        evaluated = {}
+        evaluated: dict[str, Metric] = {}
         if last or step % config.eval_every == 0:
             evaluated = self.evaluation(state)
             self.draw(step, state, film=last)
@@ -305,13 +305,14 @@ class _Loop:
         if last or stopping or step % config.checkpoint_every == 0:
             self.read()
             best = self.best if self.best.removeprefix("-") in evaluated else None
-            self.checkpoints.save(step, state, evaluated, self.resolved, best)
+            numbers = {name: value for name, value in evaluated.items() if not isinstance(value, np.ndarray)}
+            self.checkpoints.save(step, state, numbers, self.resolved, best)
 
-    def evaluation(self, state: TrainState) -> dict[str, float]:
+    def evaluation(self, state: TrainState) -> dict[str, Metric]:
         values = self.evaluate(state.best_params, self.frozen, self.clips, self.key)
-        return {f"eval/{name}": float(value) for name, value in jax.device_get(values).items()}
+        return {f"eval/{name}": x if x.ndim else float(x) for name, x in jax.device_get(values).items()}
 
-    def read(self, evaluated: dict[str, float] | None = None, step: int | None = None) -> None:
+    def read(self, evaluated: dict[str, Metric] | None = None, step: int | None = None) -> None:
         """Fetches the metrics of the last logged step, if there are any not yet read, and writes them down."""
         values = dict(evaluated or {})
         if self.unread is not None:
@@ -323,12 +324,12 @@ class _Loop:
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         if self.frames:  # an evaluation right after a logged step has none of its own
-            values |= {"frames_per_s": self.frames / seconds, "data_wait": self.wait / seconds}
+            values |= {"frames_per_s": self.frames / seconds, "data_wait": self.wait / seconds} | memory()
         self.wait, self.frames = 0.0, 0
         for sink in self.sinks:
             sink.write(step, values)
         self.progress.update(step, values)
-        if values.get("train/skipped_in_a_row", 0) >= self.config.max_bad_steps:
+        if float(values.get("train/skipped_in_a_row", 0)) >= self.config.max_bad_steps:
             self.give_up(step)
 
     def draw(self, step: int, state: TrainState, film: bool) -> None:

@@ -3,13 +3,18 @@
 import importlib
 import json
 import math
+import resource
 import secrets
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
+import jax
+import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -17,25 +22,43 @@ from rich.text import Text
 from dreamer4.errors import UserError
 from dreamer4.train.run_folder import write_atomically
 
-WALL_CLOCK = ("seconds", "frames_per_s", "data_wait")
-"""The fields that the clock decides: two runs of one seed agree in all others."""
+MEMORY = ("device_memory", "device_memory_peak", "process_memory_peak")
+"""What ``memory`` tells: the first two, or the last."""
+WALL_CLOCK = ("seconds", "frames_per_s", "data_wait", *MEMORY)
+"""The fields that the clock and the machine decide: two runs of one seed agree in all others."""
 
-Metrics = Mapping[str, SupportsFloat]
+MOST_BARS = 512  # that Weights & Biases takes
+
+Metric = SupportsFloat | Float[np.ndarray, " K"]
+Metrics = Mapping[str, Metric]
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where metrics go: flat names such as ``train/loss``, one value each, at a step."""
+    """Where metrics go: flat names such as ``train/loss``, one value each at a step. A numpy array is a histogram: the
+    heights of its bars, such as the share of each code."""
 
     def write(self, step: int, metrics: Metrics) -> None: ...
 
     def close(self) -> None: ...
 
 
+def memory() -> dict[str, float]:
+    """Memory in use and its peak so far, in MiB, on the fullest of this process's devices; where the backend does not
+    tell, as on CPUs, the peak of what the process itself has held."""
+    told = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    if not told:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"process_memory_peak": peak / (2**20 if sys.platform == "darwin" else 2**10)}
+    names = {"device_memory": "bytes_in_use", "device_memory_peak": "peak_bytes_in_use"}
+    return {name: max(stats.get(key, 0) for stats in told) / 2**20 for name, key in names.items()}
+
+
 class MetricsLog:
     """``metrics.jsonl``: one JSON object per call, ``step``, ``seconds``, then the metrics.
 
-    ``seconds`` is the time spent training, summed over resumed sessions. A value that is not finite is null.
+    ``seconds`` is the time spent training, summed over resumed sessions. A value that is not finite is null. A
+    histogram is a list, rounded to six places.
     """
 
     def __init__(self, path: Path):
@@ -46,7 +69,7 @@ class MetricsLog:
     def write(self, step: int, metrics: Metrics) -> None:
         """Appends a line; it survives this process, though not a loss of power."""
         seconds = round(self._before + time.monotonic() - self._start, 3)
-        line = {"step": step, "seconds": seconds} | {name: _finite(value) for name, value in metrics.items()}
+        line = {"step": step, "seconds": seconds} | {name: _plain(value) for name, value in metrics.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -87,7 +110,7 @@ class MetricsLog:
 
 
 class TensorBoard:
-    """Metrics as TensorBoard scalars in ``folder``; events after ``resumed_at`` are struck out.
+    """Metrics as TensorBoard scalars and histograms in ``folder``; events after ``resumed_at`` are struck out.
 
     Raises UserError where the extra ``tensorboard`` is not installed.
     """
@@ -99,7 +122,25 @@ class TensorBoard:
 
     def write(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, float(value), step)
+            if isinstance(value, np.ndarray):
+                self._histogram(name, value, step)
+            else:
+                self._writer.add_scalar(name, float(value), step)
+
+    def _histogram(self, name: str, bars: Float[np.ndarray, " K"], step: int) -> None:
+        """As if bar i were so many values in i to i + 1."""
+        places = np.arange(len(bars))
+        self._writer.add_histogram_raw(
+            name,
+            min=0,
+            max=len(bars),
+            num=bars.sum(),
+            sum=bars @ places,
+            sum_squares=bars @ places**2,
+            bucket_limits=places + 1,
+            bucket_counts=bars,
+            global_step=step,
+        )
 
     def close(self) -> None:
         self._writer.close()
@@ -117,6 +158,7 @@ class WandB:
         identity = folder / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(8))
+        self._module = module
         self._run = module.init(
             project=project,
             name=folder.name,
@@ -127,7 +169,14 @@ class WandB:
         )
 
     def write(self, step: int, metrics: Metrics) -> None:
-        self._run.log({name: float(value) for name, value in metrics.items()}, step=step)
+        self._run.log({name: self._value(value) for name, value in metrics.items()}, step=step)
+
+    def _value(self, value: Metric) -> Any:
+        """A number, or a histogram; of too many bars neighbours are put together."""
+        if not isinstance(value, np.ndarray):
+            return float(value)
+        starts = np.arange(0, len(value), -(-len(value) // MOST_BARS))
+        return self._module.Histogram(np_histogram=(np.add.reduceat(value, starts), np.append(starts, len(value))))
 
     def close(self) -> None:
         self._run.finish()
@@ -143,7 +192,7 @@ class Progress:
     def __init__(self, total: int, start: int = 0, console: Console | None = None, interval: float = 5.0):
         self._total, self._console = total, console or Console()
         self._interval = 0.25 if self._console.is_terminal else interval
-        self._known: dict[str, SupportsFloat] = {}
+        self._known: dict[str, Metric] = {}
         self._step, self._first = start, None
         self._drawn = -math.inf
         # Redrawn by us when there is something new, not by a thread of rich's.
@@ -209,6 +258,12 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _plain(value: Metric) -> float | list[float | None] | None:
+    if isinstance(value, np.ndarray):
+        return [None if x is None else round(x, 6) for x in map(_finite, value)]
+    return _finite(value)
 
 
 def _finite(value: SupportsFloat) -> float | None:

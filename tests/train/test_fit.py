@@ -21,7 +21,7 @@ from dreamer4.batch import Batch, BatchSpec, fake_batch
 from dreamer4.errors import UserError
 from dreamer4.train import fit as fit_module
 from dreamer4.train.fit import Stopped, TrainConfig, data_key, fit
-from dreamer4.train.logging import WALL_CLOCK
+from dreamer4.train.logging import MEMORY, WALL_CLOCK
 from dreamer4.train.optimizer import OptimizerConfig
 from dreamer4.train.run_folder import RunFolder
 
@@ -58,7 +58,7 @@ class Line:
         return loss, ({"mean": 0.9 * carry["mean"] + 0.1 * loss}, {"seen": seen})
 
     def evaluate(self, params, frozen, clips, key):
-        return {"psnr": self.psnr(params["w"])}
+        return {"psnr": self.psnr(params["w"]), "halves": jnp.stack([params["w"], 1 - params["w"]])}
 
     def pictures(self, params, frozen, clips, key):
         return clips.video[0] / 255.0
@@ -188,11 +188,16 @@ def test_a_run_writes_what_it_promises(whole):
     raw = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in raw if "frames_per_s" not in line] == [10]  # its frames are in the line of 9
     assert all(0 <= line["data_wait"] <= 1 and line["frames_per_s"] > 0 for line in raw if line["step"] != 10)
+    assert all(any(line.get(name, 0) > 1 for name in MEMORY) for line in raw if line["step"] != 10)
+    assert read(folder)[-1]["eval/halves"] == pytest.approx(
+        [float(state.ema["w"]), 1 - float(state.ema["w"])], abs=1e-6
+    )
     assert saved(folder) == {"8", "12", "13", "best"}
     assert {p.name for p in (folder / "samples").iterdir()} == {"step_5.png", "step_10.png", "step_13.png", "final.gif"}
     assert imageio.imread(folder / "samples" / "final.gif", index=None).shape[0] == CONFIG.eval_length
     manifest = json.loads((folder / "checkpoints" / "13" / "manifest.json").read_text())
     assert manifest["config"] == {"seed": 0}
+    assert manifest["metrics"].keys() == {"eval/psnr"}
 
 
 def test_the_parameters_that_are_evaluated_are_the_average(whole):

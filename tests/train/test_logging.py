@@ -1,17 +1,20 @@
 import io
+import itertools
 import json
 import sys
 import threading
 import types
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
 from dreamer4.errors import UserError
 from dreamer4.train import logging as train_logging
-from dreamer4.train.logging import WALL_CLOCK, MetricsLog, Progress, TensorBoard, WandB
+from dreamer4.train.logging import MEMORY, WALL_CLOCK, MetricsLog, Progress, TensorBoard, WandB, memory
 
 
 class Clock:
@@ -44,6 +47,34 @@ def test_a_line_is_step_and_seconds_and_flat_floats(tmp_path, clock):
     assert jnp.float32(record["train/loss"]) == jnp.float32(0.1)
     assert record["train/gradient"] is None
     assert record["eval/psnr"] is None
+
+
+def test_a_histogram_is_a_list_of_short_numbers(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(10, {"eval/usage": np.array([1 / 3, 0.0, np.nan], np.float32)})
+    log.close()
+    assert read(tmp_path / "metrics.jsonl")[0]["eval/usage"] == [0.333333, 0.0, None]
+
+
+def test_memory_is_the_processs_where_the_backend_does_not_tell(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda: None)] * 2)
+    found = memory()
+    assert found.keys() == {"process_memory_peak"} <= set(MEMORY) <= set(WALL_CLOCK)
+    assert 10 < found["process_memory_peak"] < 2**20  # this process holds jax and numpy, in MiB
+    held = np.ones(60 * 2**20, np.uint8)
+    assert memory()["process_memory_peak"] >= found["process_memory_peak"]
+    del held
+
+
+def test_memory_is_that_of_the_fullest_device(monkeypatch):
+    told = (
+        {"bytes_in_use": 3 * 2**20, "peak_bytes_in_use": 5 * 2**20},
+        {"bytes_in_use": 2**20, "peak_bytes_in_use": 2**23},
+    )
+    devices = [types.SimpleNamespace(memory_stats=lambda stats=stats: stats) for stats in told]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert memory() == {"device_memory": 3, "device_memory_peak": 8}
+    assert memory().keys() <= set(WALL_CLOCK)
 
 
 def test_a_resumed_file_is_an_uninterrupted_one_but_for_the_clock(tmp_path, clock):
@@ -114,6 +145,9 @@ class Recorder:
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.calls.append((step, {name: value}))
 
+    def add_histogram_raw(self, name: str, **histogram: Any) -> None:
+        self.calls.append((name, histogram))
+
     def log(self, values: dict[str, float], step: int) -> None:
         self.calls.append((step, values))
 
@@ -161,6 +195,31 @@ def test_wandb_gets_metrics_under_an_identity_that_the_folder_keeps(tmp_path, mo
     assert made[0].options["resume"] == "allow"
     assert made[0].options["config"] == {"seed": 1}
     assert made[0].calls == [(6, {"train/loss": 0.5}), "closed"]
+
+
+def test_tensorboard_gets_a_bar_for_each_place(tmp_path, monkeypatch):
+    made = install(monkeypatch, "tensorboardX", "SummaryWriter")
+    bars = np.array([0.25, 0.0, 0.75])
+    TensorBoard(tmp_path).write(6, {"eval/usage": bars})
+    ((name, found),) = made[0].calls
+    assert (name, found["global_step"], found["min"], found["max"], found["num"]) == ("eval/usage", 6, 0, 3, 1)
+    np.testing.assert_array_equal(found["bucket_counts"], bars)
+    np.testing.assert_array_equal(found["bucket_limits"], [1, 2, 3])
+    assert (found["sum"], found["sum_squares"]) == (1.5, 3)
+
+
+@pytest.mark.parametrize(("count", "width"), [(4, 1), (512, 1), (1000, 2), (1025, 3)])
+def test_wandb_gets_as_many_bars_as_it_takes(tmp_path, monkeypatch, count, width):
+    made = install(monkeypatch, "wandb", "init")
+    sys.modules["wandb"].Histogram = lambda np_histogram: np_histogram  # type: ignore[attr-defined]
+    bars = np.random.default_rng(0).random(count)
+    WandB(tmp_path, {}).write(6, {"eval/usage": bars, "eval/psnr": 30.0})
+    ((step, found),) = made[0].calls
+    assert (step, found["eval/psnr"]) == (6, 30.0)
+    heights, edges = found["eval/usage"]
+    assert len(heights) == len(edges) - 1 == -(-count // width) <= 512
+    np.testing.assert_allclose(heights, [bars[a:b].sum() for a, b in itertools.pairwise(edges)])
+    np.testing.assert_array_equal(edges, [*range(0, count, width), count])
 
 
 def screen(terminal: bool) -> Console:

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, UInt8
 from PIL import Image
 
 from dreamer4.errors import UserError
@@ -76,18 +76,30 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 def fit_image(
     image: UInt8[np.ndarray, "H W C"], size: tuple[int, int] | None, gray: bool
 ) -> UInt8[np.ndarray, "H2 W2 C2"]:
-    """The frame in ``size`` (height, width), where one is given, and in one channel (ITU-R 601 luma) for ``gray``.
+    """The frame in ``size`` (height, width), where one is given, and in one channel (``to_gray``) for ``gray``.
 
     Shrinking averages over areas, so that small objects fade rather than vanish; growing interpolates.
     """
-    if gray and image.shape[-1] == 3:
-        image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    if gray:
+        image = np.asarray(to_gray(image))
     if size is None or image.shape[:2] == size:
         return image
     shrinks = size[0] <= image.shape[0] and size[1] <= image.shape[1]
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     resized = picture.resize((size[1], size[0]), Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR)
     return np.asarray(resized).reshape(*size, image.shape[-1])
+
+
+def to_gray(frames: UInt8[Array | np.ndarray, "*lead C"]) -> UInt8[Array | np.ndarray, "*lead 1"]:
+    """Frames in one channel: the ITU-R 601 luma of red, green and blue, as Pillow rounds it. Those of one channel stay
+    as they are.
+
+    In whole numbers, so that numpy and any device agree in every bit.
+    """
+    if frames.shape[-1] == 1:
+        return frames
+    red, green, blue = (frames[..., i : i + 1].astype(np.int32) for i in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)
 
 
 def _decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:

@@ -3,12 +3,13 @@ import resource
 import struct
 import zlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from dreamer4.data.formats import images
-from dreamer4.data.formats.images import BadImageError, decode_image, fit_image, read_image
+from dreamer4.data.formats.images import BadImageError, decode_image, fit_image, read_image, to_gray
 
 NOISE = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 
@@ -173,3 +174,6 @@ def test_gray_is_the_luma():
     image = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9]]], np.uint8)
     assert fit_image(image, None, gray=True).tolist() == [[[76], [150], [29], [9]]]  # BT.601
     assert fit_image(image[..., :1], None, gray=True).tolist() == image[..., :1].tolist()
+    many = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    np.testing.assert_array_equal(to_gray(many)[..., 0], np.asarray(Image.fromarray(many).convert("L")))
+    np.testing.assert_array_equal(to_gray(jnp.asarray(many)), to_gray(many))
