@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-Kernel = Literal["auto", "plain", "fused"]
+from dreamer4.nn.tiled_attention import tiled_attention
+
+Kernel = Literal["auto", "plain", "fused", "tiled"]
 
 
 Past = tuple[Float[Array, "B Hkv W K"], Float[Array, "B Hkv W K"], Bool[Array, "*one Q W"]]
@@ -21,6 +23,7 @@ def attend(
     mask: Bool[Array, "*one Q L"],
     *,
     past: Past | None = None,
+    bias: Float[Array, "Hq Q _"] | None = None,
     soft_cap: float | None = None,
     kernel: Kernel = "auto",
 ) -> Float[Array, "B Q Hq K"]:
@@ -28,40 +31,48 @@ def attend(
     h // (Hq / Hkv).
 
     ``past`` is a cache's keys and values, heads first, and their mask: attended to as if they stood before the others.
-    Logits and softmax are float32. ``soft_cap`` c bounds the logits smoothly: ``c tanh(logits / c)``. The ``fused``
-    kernel (cuDNN, half precision, not over a past) knows no soft cap; ``auto`` takes it in half precision on a GPU
-    without a cap.
+    Logits and softmax are float32. ``soft_cap`` c bounds the logits smoothly: ``c tanh(logits / c)``. ``bias`` is added
+    after that, (Hq, Q, L), or (Hq, Q, W + L) with a past. The ``fused`` kernel (cuDNN, half precision, not over a past)
+    knows no soft cap; ``auto`` takes it in half precision on a GPU without a cap. The ``tiled`` kernel, for small heads
+    on a CPU, knows neither a cap nor a bias, and leaves attention over a past to the plain one.
 
     A row of ``mask`` without any True would average over everything: callers must not build one.
     """
     if kernel == "fused" and soft_cap is not None:
         raise ValueError("the fused attention kernel has no soft cap: pass soft_cap=None with kernel='fused'")
+    if kernel == "tiled" and not (soft_cap is None and bias is None):
+        raise ValueError("tiled attention knows neither a soft cap nor a bias: pass soft_cap=None and rotary positions")
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     if past is not None:
-        return _over_past(query, key, value, mask, past, soft_cap)
+        return _over_past(query, key, value, mask, past, bias, soft_cap)
     if kernel == "fused" or (kernel == "auto" and soft_cap is None and half and jax.default_backend() == "gpu"):
         return jax.nn.dot_product_attention(
             query,
             key,
             value,
+            bias=None if bias is None else bias[None].astype(query.dtype),
             mask=mask[..., None, :, :] if mask.ndim == 3 else mask[None, None],
             implementation="cudnn",
         )
-    return _plain(query, key, value, mask, soft_cap)
+    if key.shape[2] != query.shape[2]:
+        key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
+    if kernel == "tiled":
+        return tiled_attention(query, key, value, mask)
+    return _plain(query, key, value, mask, bias, soft_cap)
 
 
-def _plain(query: Array, key: Array, value: Array, mask: Array, soft_cap: float | None) -> Array:
-    *_, heads, width = query.shape
-    if key.shape[2] != heads:
-        key, value = (jnp.repeat(x, heads // key.shape[2], axis=2) for x in (key, value))
+def _plain(query: Array, key: Array, value: Array, mask: Array, bias: Array | None, soft_cap: float | None) -> Array:
+    width = query.shape[-1]
     query = query * jnp.asarray(width**-0.5, query.dtype)
     logits = jnp.einsum("bqhk,blhk->bhql", query, key, preferred_element_type=jnp.float32)
-    weights, total = _softmax(logits, mask, soft_cap)
+    weights, total = _softmax(logits, mask, bias, soft_cap)
     mixed = jnp.einsum("bhql,blhk->bhqk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return (mixed / total).astype(query.dtype).swapaxes(1, 2)
 
 
-def _over_past(query: Array, key: Array, value: Array, mask: Array, past: Past, soft_cap: float | None) -> Array:
+def _over_past(
+    query: Array, key: Array, value: Array, mask: Array, past: Past, bias: Array | None, soft_cap: float | None
+) -> Array:
     """Heads first, and the past and the present apart until their logits meet: a ring is read where it lies, which is
     four times as fast on CPU as copying it beside the new keys."""
     kv_heads, width = key.shape[2:]
@@ -71,7 +82,9 @@ def _over_past(query: Array, key: Array, value: Array, mask: Array, past: Past, 
     keys, values = (past[0].astype(key.dtype), key), (past[1].astype(value.dtype), value)
     logits = [jnp.einsum("bnqk,bnlk->bnql", query, x, preferred_element_type=jnp.float32) for x in keys]
     mask = jnp.tile(jnp.concatenate([past[2], mask], -1), (groups, 1))
-    weights, total = _softmax(jnp.concatenate(logits, -1), mask, soft_cap)
+    if bias is not None:
+        bias = rearrange(bias, "(n g) q l -> n (g q) l", g=groups)
+    weights, total = _softmax(jnp.concatenate(logits, -1), mask, bias, soft_cap)
     parts = jnp.split(weights.astype(value.dtype), [past[0].shape[2]], -1)
     mixed = [
         jnp.einsum("bnql,bnlk->bnqk", w, x, preferred_element_type=jnp.float32)
@@ -80,10 +93,12 @@ def _over_past(query: Array, key: Array, value: Array, mask: Array, past: Past, 
     return rearrange((sum(mixed) / total).astype(query.dtype), "b n (g q) k -> b q (n g) k", g=groups)
 
 
-def _softmax(logits: Array, mask: Array, soft_cap: float | None) -> tuple[Array, Array]:
+def _softmax(logits: Array, mask: Array, bias: Array | None, soft_cap: float | None) -> tuple[Array, Array]:
     """Weights over the last axis and their sums; dividing after the product with the values touches fewer numbers."""
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
+    if bias is not None:
+        logits = logits + bias
     logits = jnp.where(mask[..., None, :, :], logits, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     return weights, weights.sum(-1, keepdims=True)

@@ -1,5 +1,7 @@
 """The small layers that every network here is made of."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,44 @@ class SwiGLU(nn.Module):
         gate = Linear(self.hidden, name="gate")(x)
         up = Linear(self.hidden, name="up")(x)
         return Linear(x.shape[-1], name="down")(nn.silu(gate) * up)
+
+
+class Change(NamedTuple):
+    """What a condition does to one branch of a layer: how its input is scaled and shifted, how its output is gated."""
+
+    scale: Float[Array, "B T 1 D"]
+    shift: Float[Array, "B T 1 D"]
+    gate: Float[Array, "B T 1 D"] | None
+
+    def enter(self, x: Float[Array, "B T S D"]) -> Float[Array, "B T S D"]:
+        return x * (1 + self.scale) + self.shift
+
+    def leave(self, y: Float[Array, "B T S D"]) -> Float[Array, "B T S D"]:
+        return y if self.gate is None else y * self.gate
+
+
+class Modulation(nn.Module):
+    """A ``Change`` for each of ``branches`` from one condition per time step: SiLU, then a matrix and a bias for all.
+
+    Without gates this is FiLM (Perez et al. 2018), with them adaLN-Zero (Peebles & Xie 2022). Its matrix starts at zero
+    and is not called kernel, so that ``draw_kernels`` leaves it there: FiLM then starts as if there were no condition,
+    and a layer whose branches are all gated as the identity.
+    """
+
+    branches: int
+    gated: bool
+
+    @nn.compact
+    def __call__(self, condition: Float[Array, "B T D"]) -> tuple[Change, ...]:
+        width, parts = condition.shape[-1], 3 if self.gated else 2
+        shape = (width, self.branches * parts * width)
+        weight = self.param("weight", nn.initializers.zeros, shape).astype(condition.dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:]).astype(condition.dtype)
+        changes = (nn.silu(condition) @ weight + bias)[:, :, None]
+        return tuple(
+            Change(*jnp.split(x, parts, axis=-1), *([] if self.gated else [None]))
+            for x in jnp.split(changes, self.branches, axis=-1)
+        )
 
 
 def draw_kernels(params: dict, key: Array) -> dict:

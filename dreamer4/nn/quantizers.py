@@ -188,6 +188,12 @@ def fsq_ids(config: FSQConfig, codes: Float[Array, "*lead D"]) -> Int[Array, "*l
     return _id_of(config, jnp.round((codes + 1) / _unit(config)).astype(jnp.int32))
 
 
+def code_use(usage: Float[Array, " K"]) -> dict[str, Array]:
+    """How many codes stand for something, as a share, and the perplexity of their use."""
+    entropy = -jnp.sum(usage * jnp.log(jnp.maximum(usage, 1e-12)))
+    return {"codes_used": jnp.mean(usage > 0), "perplexity": jnp.exp(entropy)}
+
+
 def _value_of(config: FSQConfig, steps: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
     """Levels counted from 0 as numbers in [-1, 1]."""
     return steps * _unit(config) - 1

@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dreamer4.config import at_least
 from dreamer4.errors import UserError
 from dreamer4.nn.attention import Kernel, KVCache, Past, attend, causal_mask, ring_frames, ring_write
-from dreamer4.nn.layers import Linear, RMSNorm, SwiGLU, rms_normalize
+from dreamer4.nn.experts import Experts
+from dreamer4.nn.layers import Change, Linear, Modulation, RMSNorm, SwiGLU, rms_normalize
+from dreamer4.nn.positions import SpaceBias, TimeBias
 from dreamer4.nn.rotary import rotate, space_angles, time_angles
 
 
@@ -34,14 +36,24 @@ class TransformerConfig:
     kv_heads: int | None = None
     """Grouped-query attention: heads that share keys and values; None gives every head its own."""
     mlp_ratio: float = 4.0
+    experts: int = 1
+    """MLPs of each layer, all of the same width, that share the tokens between them; 1 is a plain MLP."""
+    experts_per_token: int = 2
+    """How many of several experts each token goes to."""
     time_every: int = 4
     """Every so-manieth layer attends over time, the others over space."""
     context: int = 192
     """Frames that attention over time reaches back to, the present one included. The longest training clips should fill
     it: ages that were never trained do harm (docs/log.md)."""
+    positions: Literal["rotary", "alibi", "learned"] = "rotary"
+    """How attention knows places and times: a rotation of queries and keys, a penalty on distance (``alibi``), or a
+    learned bias for each head and age or pair of tokens."""
     qk_gain: float = 1.0
     """Where the learned gain of each head's normalised queries starts."""
     soft_cap: float | None = 50.0
+    condition: Literal["none", "film", "adaln_zero"] = "none"
+    """How a condition per time step enters every layer: it scales and shifts what the norms give (FiLM), or gates what
+    attention and MLP add as well, all gates at zero at the start (adaLN-Zero)."""
     kernel: Kernel = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
@@ -49,6 +61,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "d_model", "depth", "heads", "kv_heads", "time_every", "context", "soft_cap")
+        at_least(1, self, "experts", "experts_per_token")
         at_least(0, self, "mlp_ratio")
         if self.d_model % self.heads or (self.d_model // self.heads) % 4:
             raise UserError(
@@ -58,6 +71,11 @@ class TransformerConfig:
             raise UserError(f"kv_heads: {self.kv_heads} must divide the number of heads, {self.heads}")
         if self.depth % self.time_every:
             raise UserError(f"depth: {self.depth} layers must be a multiple of time_every, {self.time_every}")
+        if 1 < self.experts < self.experts_per_token:
+            raise UserError(
+                f"experts_per_token: {self.experts_per_token} found, at most the number of experts, {self.experts}, "
+                "expected"
+            )
         if self.kernel == "fused" and self.soft_cap is not None:
             raise UserError("kernel: the fused attention kernel has no soft cap, set soft_cap to None with it")
 
@@ -116,24 +134,39 @@ class Layout:
             places.append(grid if m.grid else np.zeros((m.count, 2)))
         return np.concatenate(places).astype(np.float32)
 
+    def distances(self) -> Float[np.ndarray, "S S"]:
+        """Steps along rows and columns from each token to each; 0 from and to tokens off any grid."""
+        places = self.positions()
+        placed = np.repeat([m.grid is not None for m in self.modalities], [m.count for m in self.modalities])
+        steps = np.abs(places[:, None] - places[None]).sum(-1)
+        return np.where(placed[:, None] & placed, steps, 0).astype(np.float32)
+
 
 Memory = tuple[Float[Array, "B temporal Hkv _ K"], Float[Array, "B temporal Hkv _ K"]] | None
 """Keys and values of one time layer: a ring that it reads, or those of the new frames that it returns."""
 
 
+Condition = Float[Array, "B T D"] | None
+"""What every layer is told of each time step."""
+
+Balance = Float[Array, ""] | None
+"""How evenly the experts of a layer, or of several on average, are used (``load_balance``); None without experts."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """What all time layers share: the rotary angles of the new frames, and what these see of each other and of a
-    ring."""
+    """What all time layers share: the rotary angles of the new frames, what these see of each other and of a ring, and
+    how old both are to them, the ring's frames first. Without rotation there are no angles, with it no ages."""
 
-    angles: Float[Array, "T half"]
+    angles: Float[Array, "T half"] | None
     now: Bool[Array, "#B T T"]
     past: Bool[Array, "1 T W"] | None
+    ages: Int[Array, "T L"] | None = None
 
 
 class Attention(nn.Module):
-    """Projections with QK-norm and a gain per head, RoPE, attention, and the way back to D channels."""
+    """Projections with QK-norm and a gain per head, RoPE or a bias, attention, and the way back to D channels."""
 
     config: TransformerConfig
 
@@ -146,15 +179,21 @@ class Attention(nn.Module):
         self.out = Linear(c.d_model)
         self.gain = self.param("gain", nn.initializers.constant(c.qk_gain), (c.heads,))
 
-    def project(self, x: Float[Array, "*lead L D"], angles: Array) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "*lead L D"], angles: Array | None) -> tuple[Array, Array, Array]:
         """Queries, keys and values (*lead, L, heads, width), queries and keys normalised and rotated by ``angles``."""
         query, key, value = (rearrange(f(x), "... (h k) -> ... h k", k=self.config.head_width) for f in self._maps)
-        query = rotate(rms_normalize(query) * self.gain[:, None], angles).astype(x.dtype)
-        return query, rotate(rms_normalize(key), angles).astype(x.dtype), value
 
-    def mix(self, query: Array, key: Array, value: Array, mask: Array, past: Past | None = None) -> Array:
+        def turn(y: Array) -> Array:
+            return (y if angles is None else rotate(y, angles)).astype(x.dtype)
+
+        query = turn(rms_normalize(query) * self.gain[:, None])
+        return query, turn(rms_normalize(key)), value
+
+    def mix(
+        self, query: Array, key: Array, value: Array, mask: Array, bias: Array | None, past: Past | None = None
+    ) -> Array:
         c = self.config
-        mixed = attend(query, key, value, mask, past=past, soft_cap=c.soft_cap, kernel=c.kernel)
+        mixed = attend(query, key, value, mask, past=past, bias=bias, soft_cap=c.soft_cap, kernel=c.kernel)
         return self.out(rearrange(mixed, "... h k -> ... (h k)"))
 
     @property
@@ -168,15 +207,19 @@ def make_sight(
     """Who sees whom among ``steps`` new frames and the frames of the cache."""
     frame = jnp.zeros((), jnp.int32) if cache is None else cache.frame
     now = frame + jnp.arange(steps)
-    sees, past = causal_mask(now, now, config.context)[None], None
+    sees, past, ring = causal_mask(now, now, config.context)[None], None, None
     if cache is not None:
         if starts is not None:
             raise ValueError("starts: frames that follow a cache cannot start anew, take an empty cache for that")
-        past = causal_mask(now, ring_frames(frame, cache.key.shape[4]), config.context)[None]
+        ring = ring_frames(frame, cache.key.shape[4])
+        past = causal_mask(now, ring, config.context)[None]
     elif starts is not None:
         clip = jnp.cumsum(starts, axis=1)
         sees = sees & (clip[:, :, None] == clip[:, None, :])
-    return Sight(time_angles(now, config.head_width), sees, past)
+    if config.positions == "rotary":
+        return Sight(time_angles(now, config.head_width), sees, past)
+    frames = now if ring is None else jnp.concatenate([ring, now])
+    return Sight(None, sees, past, now[:, None] - frames)
 
 
 class SpaceLayer(nn.Module):
@@ -186,12 +229,18 @@ class SpaceLayer(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T S D"]) -> Float[Array, "B T S D"]:
-        attention = Attention(self.config, name="attention")
-        flat = rearrange(RMSNorm(name="attention_norm")(x), "b t s d -> (b t) s d")
-        angles = space_angles(self.layout.positions(), self.config.head_width)
-        mixed = attention.mix(*attention.project(flat, angles), jnp.asarray(self.layout.mask()))
-        return _mlp(self.config, x + mixed.reshape(x.shape))
+    def __call__(self, x: Float[Array, "B T S D"], condition: Condition = None) -> tuple[Array, Balance]:
+        c = self.config
+        change, mlp_change = _changes(c, condition)
+        attention = Attention(c, name="attention")
+        flat = rearrange(_enter(RMSNorm(name="attention_norm")(x), change), "b t s d -> (b t) s d")
+        angles, bias = None, None
+        if c.positions == "rotary":
+            angles = space_angles(self.layout.positions(), c.head_width)
+        else:
+            bias = SpaceBias(c.positions, c.heads, name="places")(self.layout.distances())
+        mixed = attention.mix(*attention.project(flat, angles), jnp.asarray(self.layout.mask()), bias)
+        return _mlp(c, x + _leave(mixed.reshape(x.shape), change), mlp_change)
 
 
 class TimeLayer(nn.Module):
@@ -205,10 +254,13 @@ class TimeLayer(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T S D"], ring: Memory, sight: Sight) -> tuple[Array, Memory]:
+    def __call__(
+        self, x: Float[Array, "B T S D"], ring: Memory, sight: Sight, condition: Condition = None
+    ) -> tuple[Array, Memory, Balance]:
         c, n, batch = self.config, self.layout.temporal, x.shape[0]
+        change, mlp_change = _changes(c, condition)
         attention = Attention(c, name="attention")
-        flat = rearrange(RMSNorm(name="attention_norm")(x[:, :, :n]), "b t s d -> (b s) t d")
+        flat = rearrange(_enter(RMSNorm(name="attention_norm")(x[:, :, :n]), change), "b t s d -> (b s) t d")
         query, key, value = attention.project(flat, sight.angles)
         past, new = None, None
         if ring is not None and sight.past is not None:
@@ -216,13 +268,38 @@ class TimeLayer(nn.Module):
             new_key, new_value = (rearrange(y, "(b s) t h k -> b s h t k", b=batch) for y in (key, value))
             past, new = (old_key, old_value, sight.past), (new_key, new_value)
         now = sight.now if len(sight.now) == 1 else jnp.repeat(sight.now, n, axis=0)
-        mixed = rearrange(attention.mix(query, key, value, now, past), "(b s) t d -> b t s d", b=batch)
+        bias = None
+        if c.positions != "rotary" and sight.ages is not None:
+            bias = TimeBias(c.positions, c.heads, c.context, name="ages")(sight.ages)
+        mixed = rearrange(attention.mix(query, key, value, now, bias, past), "(b s) t d -> b t s d", b=batch)
         # Tokens that do not attend over time pass this sub-layer as they are.
-        return _mlp(c, jnp.concatenate([x[:, :, :n] + mixed, x[:, :, n:]], axis=2)), new
+        x = jnp.concatenate([x[:, :, :n] + _leave(mixed, change), x[:, :, n:]], axis=2)
+        x, balance = _mlp(c, x, mlp_change)
+        return x, new, balance
 
 
-def _mlp(config: TransformerConfig, x: Float[Array, "B T S D"]) -> Float[Array, "B T S D"]:
-    return x + SwiGLU(mlp_width(config), name="mlp")(RMSNorm(name="mlp_norm")(x))
+def _mlp(config: TransformerConfig, x: Float[Array, "B T S D"], change: Change | None) -> tuple[Array, Balance]:
+    normed, width = _enter(RMSNorm(name="mlp_norm")(x), change), mlp_width(config)
+    if config.experts == 1:
+        y, balance = SwiGLU(width, name="mlp")(normed), None
+    else:
+        y, balance = Experts(config.experts, config.experts_per_token, width, name="mlp")(normed)
+    return x + _leave(y, change), balance
+
+
+def _changes(config: TransformerConfig, condition: Condition) -> tuple[Change, ...] | tuple[None, None]:
+    """What the condition does to the attention and to the MLP of a layer."""
+    if condition is None:
+        return None, None
+    return Modulation(branches=2, gated=config.condition == "adaln_zero", name="modulation")(condition)
+
+
+def _enter(x: Float[Array, "B T S D"], change: Change | None) -> Float[Array, "B T S D"]:
+    return x if change is None else change.enter(x)
+
+
+def _leave(y: Float[Array, "B T S D"], change: Change | None) -> Float[Array, "B T S D"]:
+    return y if change is None else change.leave(y)
 
 
 class SuperBlock(nn.Module):
@@ -236,17 +313,20 @@ class SuperBlock(nn.Module):
     layout: Layout
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T S D"], ring: Memory, sight: Sight) -> tuple[Array, Memory]:
-        new = None
+    def __call__(
+        self, x: Float[Array, "B T S D"], ring: Memory, sight: Sight, condition: Condition = None
+    ) -> tuple[Array, tuple[Memory, Balance]]:
+        new, balances = None, []
         space, time = SpaceLayer, TimeLayer
         if self.config.remat:
             space, time = nn.remat(SpaceLayer, prevent_cse=False), nn.remat(TimeLayer, prevent_cse=False)
         for i in range(self.config.time_every):
             if i == min(1, self.config.time_every - 1):
-                x, new = time(self.config, self.layout, name="time")(x, ring, sight)
+                x, new, balance = time(self.config, self.layout, name="time")(x, ring, sight, condition)
             else:
-                x = space(self.config, self.layout, name=f"space_{i}")(x)
-        return x, new
+                x, balance = space(self.config, self.layout, name=f"space_{i}")(x, condition)
+            balances.append(balance)
+        return x, (new, None if self.config.experts == 1 else jnp.stack(balances).mean())
 
 
 class Transformer(nn.Module):
@@ -255,41 +335,70 @@ class Transformer(nn.Module):
     config: TransformerConfig
     layout: Layout
 
-    @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T S D"],
         cache: KVCache | None = None,
         starts: Bool[Array, "B T"] | None = None,
+        condition: Condition = None,
     ) -> tuple[Float[Array, "B T S D"], KVCache | None]:
         """The tokens after all layers, in the dtype of the config, and with a ``cache`` the cache after these frames.
 
-        No frame sees past one at which ``starts`` holds. Whoever only looks ahead (a denoising step, say) drops the
-        returned cache and keeps the old one: then nothing is written.
+        No frame sees past one at which ``starts`` holds. ``condition`` is what all tokens of a time step are told,
+        where the config says how. Whoever only looks ahead (a denoising step, say) drops the returned cache and keeps
+        the old one: then nothing is written.
         """
+        x, cache, _ = self.with_balance(x, cache, starts, condition)
+        return x, cache
+
+    @nn.compact
+    def with_balance(
+        self,
+        x: Float[Array, "B T S D"],
+        cache: KVCache | None = None,
+        starts: Bool[Array, "B T"] | None = None,
+        condition: Condition = None,
+    ) -> tuple[Float[Array, "B T S D"], KVCache | None, Float[Array, ""]]:
+        """What a call gives, and the mean over the layers of the load-balancing loss of their experts: 1 if all are
+        used alike, or if there is but one, and more the more uneven. Training with experts must add it to its loss at a
+        small weight (0.01 in the papers), or a few experts take every token."""
+        if (condition is None) != (self.config.condition == "none"):
+            found = "none" if condition is None else "one"
+            raise ValueError(f"condition: {found} given to a transformer with condition={self.config.condition!r}")
         x = x.astype(self.config.dtype)
+        condition = None if condition is None else condition.astype(x.dtype)
         stack = nn.scan(
             SuperBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
+            in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
             length=self.config.superblocks,
             # Two at a time run a quarter faster for no more compile time (docs/log.md).
             unroll=1 if self.is_initializing() else 2,
         )
         ring = None if cache is None else (cache.key, cache.value)
-        x, new = stack(self.config, self.layout, name="blocks")(
-            x, ring, make_sight(self.config, x.shape[1], cache, starts)
+        x, (new, balances) = stack(self.config, self.layout, name="blocks")(
+            x, ring, make_sight(self.config, x.shape[1], cache, starts), condition
         )
         if cache is not None and new is not None:
             key, value = ring_write(cache.key, new[0], cache.frame), ring_write(cache.value, new[1], cache.frame)
             cache = KVCache(key=key, value=value, frame=cache.frame + x.shape[1])
-        return RMSNorm(name="norm")(x), cache
+        return RMSNorm(name="norm")(x), cache, jnp.ones(()) if balances is None else balances.mean()
 
 
 def mlp_width(config: TransformerConfig) -> int:
     """Hidden channels of the MLP, a multiple of 8."""
     return max(8, int(config.mlp_ratio * config.d_model) // 8 * 8)
+
+
+def refuse_experts_and_condition(config: TransformerConfig, model: str) -> None:
+    """Raises a ``UserError`` where ``model``, which neither balances experts nor gives a condition, is to have them."""
+    if config.experts > 1:
+        raise UserError(f"experts: {config.experts} found, 1 expected: the loss of the {model} does not balance them")
+    if config.condition != "none":
+        raise UserError(
+            f"condition: {config.condition} found, none expected: the {model} gives its layers no condition"
+        )
 
 
 def empty_cache(config: TransformerConfig, layout: Layout, batch: int) -> KVCache:
@@ -322,9 +431,10 @@ def aligned_start(params: dict) -> dict:
 def look_back(config: TransformerConfig, params: dict) -> dict:
     """The same parameters with the keys of every time layer those of its queries, one step ahead.
 
-    A token then starts by looking at itself one step before; grouped heads are left as they are.
+    A token then starts by looking at itself one step before; grouped heads are left as they are, and so are positions
+    that do not rotate, of which keys know nothing.
     """
-    if (config.kv_heads or config.heads) != config.heads:
+    if (config.kv_heads or config.heads) != config.heads or config.positions != "rotary":
         return params
     angles = time_angles(jnp.ones((1,), jnp.int32), config.head_width)
     time = params["blocks"]["time"]
@@ -347,11 +457,15 @@ def tree_bytes(tree: object) -> int:
 
 def transformer_flops(config: TransformerConfig, layout: Layout, frames: int) -> int:
     """Floating point operations per frame of one forward pass over clips of ``frames``: two for each multiplication of
-    a matrix product, all else left out. Attention counts every pair, those that the mask hides included."""
+    a matrix product, all else left out. Attention counts every pair, those that the mask hides included, and experts
+    count all, since all run on every token."""
     c, tokens = config, layout.tokens
     kv_width = (c.kv_heads or c.heads) * c.head_width
     projections = 2 * c.d_model * (2 * c.d_model + 2 * kv_width)
-    mlp = 2 * tokens * 3 * c.d_model * mlp_width(c)
+    router = c.experts if c.experts > 1 else 0
+    mlp = 2 * tokens * c.d_model * (3 * c.experts * mlp_width(c) + router)
+    changes = {"none": 0, "film": 4, "adaln_zero": 6}[c.condition]
+    modulation = 2 * c.d_model * changes * c.d_model
     space = tokens * (projections + 4 * tokens * c.d_model)
     time = layout.temporal * (projections + 4 * frames * c.d_model)
-    return c.superblocks * (c.time_every * mlp + (c.time_every - 1) * space + time)
+    return c.superblocks * (c.time_every * (mlp + modulation) + (c.time_every - 1) * space + time)

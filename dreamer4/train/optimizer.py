@@ -14,9 +14,15 @@ from dreamer4.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon on the layers' matrices with AdamW on the rest; one schedule for both."""
+    """AdamW, or Muon on the layers' matrices with AdamW on the rest, or Sophia; one schedule for all.
 
-    name: Literal["adamw", "muon"] = "adamw"
+    Sophia (Liu et al. 2023) is of second order: the mean gradient over a running estimate of the Hessian's diagonal, no
+    element larger than 1. Every tenth step draws an estimate by a gradient of the gradient, which doubles the time to
+    compile and needs a loss that can be differentiated twice. Its averages have rates of their own for ``b1`` and
+    ``b2``.
+    """
+
+    name: Literal["adamw", "muon", "sophia"] = "adamw"
     learning_rate: float = 3e-4
     """Peak of the schedule."""
     adam_learning_rate: float | None = None
@@ -68,17 +74,42 @@ def learning_rate(config: OptimizerConfig, steps: int, peak: float | None = None
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping, the optimizer and its schedule over ``steps``. Weight decay falls on matrices only.
 
-    Muon takes the matrices inside the scanned layers; embeddings and heads are Adam's, as Muon's authors advise.
+    Muon takes the matrices inside the scanned layers; embeddings and heads are Adam's, as Muon's authors advise. Sophia
+    asks its ``update`` for ``obj_fn``, the loss as a function of the parameters, which ``make_step`` gives to all.
     """
     rate = learning_rate(config, steps)
     if config.name == "adamw":
         core = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
+    elif config.name == "sophia":
+        core = optax.contrib.sophia(
+            rate, weight_decay=config.weight_decay, weight_decay_mask=_is_matrix, hessian_diagonal_fn=hessian_diagonal()
+        )
     else:
         muon = optax.contrib.muon(rate, weight_decay=config.weight_decay, muon_weight_dimension_numbers=_muon_axes)
         adam_rate = learning_rate(config, steps, config.adam_learning_rate)
         adam = optax.adamw(adam_rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
         core = optax.partition({"muon": stack_alike(muon), "adam": adam}, _muon_or_adam)
     return core if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), core)
+
+
+def hessian_diagonal() -> optax.GradientTransformationExtraArgs:
+    """Hutchinson's estimate of the diagonal of the Hessian of ``obj_fn``, from one draw of signs; its state is a key.
+
+    Twice in reverse, unlike the one of optax, since functions with a gradient of their own know no forward mode.
+    """
+
+    def init(params: Any) -> Any:
+        return jax.random.PRNGKey(0)
+
+    def update(updates: Any, state: Any, params: Any = None, **given: Any) -> tuple[Any, Any]:
+        state, key = jax.random.split(state)
+        signs = optax.tree.random_like(key, params, jax.random.rademacher, dtype=jnp.float32)
+        product = jax.grad(lambda p: optax.tree.vdot(jax.grad(given["obj_fn"])(p), signs))(params)
+        estimate = jax.tree.map(jnp.multiply, product, signs)
+        # What is not finite would stay in the average for ever.
+        return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), estimate), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def stack_alike(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -30,7 +30,7 @@ class Objective(Protocol):
         ...
 
     def evaluate(self, params: PyTree, frozen: PyTree, clips: Batch, key: Array) -> Metrics:
-        """Metrics of held-out clips."""
+        """Metrics of held-out clips: scalars, and histograms as shares (K,)."""
         ...
 
     def pictures(self, params: PyTree, frozen: PyTree, clips: Batch, key: Array) -> Array:
@@ -117,9 +117,17 @@ def make_step(
         return grads, carry, metrics
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        grads, carry, metrics = gradients(state, frozen, batch, jax.random.fold_in(key, state.step))
+        key = jax.random.fold_in(key, state.step)
+        grads, carry, metrics = gradients(state, frozen, batch, key)
         norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+        def loss(params: PyTree) -> Array:
+            """What an optimizer of second order differentiates again, on one part of the batch."""
+            part = jax.tree.map(lambda x: x[::accumulate], batch)
+            return objective.loss(params, state.carry, frozen, part, key, state.step)[0]
+
+        update = optax.with_extra_args_support(optimizer).update
+        updates, opt_state = update(grads, state.opt_state, state.params, obj_fn=loss)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:

@@ -31,6 +31,18 @@ def test_soft_cap_bounds_the_logits():
     np.testing.assert_allclose(found[0, 0, 0], 1 / (1 + np.exp(-3.0)), rtol=1e-5)
 
 
+def test_a_bias_is_added_to_the_capped_logits():
+    query, key, value = normal(0, 2, 5, 4, 8), normal(1, 2, 7, 2, 8), normal(2, 2, 7, 2, 8)
+    mask, bias = np.random.default_rng(3).random((5, 7)) < 0.5, np.asarray(normal(4, 4, 5, 7))
+    mask[:, 0] = True
+    found = np.asarray(fast_attend(query, key, value, jnp.asarray(mask), bias=jnp.asarray(bias), soft_cap=1.5))
+    query, key, value = (np.asarray(x) for x in (query, key, value))
+    for b, q, h in np.ndindex(2, 5, 4):
+        logits = 1.5 * np.tanh(key[b, :, h // 2] @ query[b, q, h] / np.sqrt(8) / 1.5) + bias[h, q]
+        weights = np.where(mask[q], np.exp(logits), 0)
+        np.testing.assert_allclose(found[b, q, h], weights / weights.sum() @ value[b, :, h // 2], atol=1e-5)
+
+
 def test_attend_survives_huge_logits():
     query = 1e3 * normal(0, 1, 3, 1, 4)
     assert jnp.isfinite(fast_attend(query, query, normal(1, 1, 3, 1, 4), jnp.ones((3, 3), bool))).all()
@@ -63,8 +75,9 @@ def test_the_fused_kernel_gives_the_numbers_of_the_plain_one():
     inputs = (normal(i, 2, 64, heads, 64).astype(jnp.bfloat16) for i, heads in enumerate((4, 2, 2)))
     query, key, value = inputs
     mask = causal_mask(jnp.arange(64), jnp.arange(64), context=16)
-    fused, plain = (fast_attend(query, key, value, mask, kernel=kernel) for kernel in ("fused", "plain"))
-    np.testing.assert_allclose(fused.astype(jnp.float32), plain.astype(jnp.float32), atol=0.03)
+    for bias in (None, normal(3, 4, 64, 64)):
+        fused, plain = (fast_attend(query, key, value, mask, bias=bias, kernel=kernel) for kernel in ("fused", "plain"))
+        np.testing.assert_allclose(fused.astype(jnp.float32), plain.astype(jnp.float32), atol=0.03)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -74,9 +87,9 @@ def test_attending_over_a_past_is_attending_over_all_keys(kv_heads):
     mask[:, 5] = True
     past, now = slice(0, 5), slice(5, 7)
     ring = *(jnp.swapaxes(x[:, past], 1, 2) for x in (key, value)), jnp.asarray(mask[:, past])
-    for cap in (None, 1.5):
-        expected = fast_attend(query, key, value, jnp.asarray(mask), soft_cap=cap)
-        found = fast_attend(query, key[:, now], value[:, now], jnp.asarray(mask[:, now]), past=ring, soft_cap=cap)
+    for options in ({}, {"soft_cap": 1.5}, {"bias": normal(4, 4, 2, 7)}):
+        expected = fast_attend(query, key, value, jnp.asarray(mask), **options)
+        found = fast_attend(query, key[:, now], value[:, now], jnp.asarray(mask[:, now]), past=ring, **options)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamer4.nn.layers import Linear, RMSNorm, SwiGLU, draw_kernels
+from dreamer4.nn.layers import Linear, Modulation, RMSNorm, SwiGLU, draw_kernels
 
 draw = jax.jit(draw_kernels)
 
@@ -80,3 +80,27 @@ def test_swiglu_is_its_formula():
     x, gate, up, down = (np.asarray(y) for y in (x, gate, up, down))
     opened = x @ gate / (1 + np.exp(-(x @ gate)))
     np.testing.assert_allclose(found, (opened * (x @ up)) @ down, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_condition_scales_shifts_and_gates_its_branch(gated):
+    parts = 3 if gated else 2
+    condition, weight, bias = normal(0, 2, 3, 4), normal(1, 4, 2 * parts * 4), normal(2, 2 * parts * 4)
+    first, second = Modulation(2, gated).apply({"params": {"weight": weight, "bias": bias}}, condition)
+    told = np.asarray(condition) / (1 + np.exp(-np.asarray(condition)))
+    changes = (told @ weight + bias).reshape(2, 3, 1, 2 * parts, 4)
+    x = normal(3, 2, 3, 5, 4)
+    for n, change in enumerate((first, second)):
+        scale, shift, *gate = (changes[..., n * parts + i, :] for i in range(parts))
+        np.testing.assert_allclose(change.enter(x), x * (1 + scale) + shift, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(change.leave(x), x * gate[0] if gated else x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_modulation_starts_at_zero_whatever_is_drawn(gated):
+    condition, x = normal(0, 2, 3, 4), normal(1, 2, 3, 5, 4)
+    model = Modulation(1, gated)
+    params = draw_kernels(model.init(jax.random.key(0), condition)["params"], jax.random.key(1))
+    (change,) = model.apply({"params": params}, condition)
+    np.testing.assert_array_equal(change.enter(x), x)
+    np.testing.assert_array_equal(change.leave(x), jnp.zeros_like(x) if gated else x)

@@ -113,6 +113,29 @@ def test_a_reset_takes_vectors_of_the_batch_once_each_and_leaves_living_codes_al
     np.testing.assert_array_equal(state.used, np.zeros(8))
 
 
+def test_dead_codes_go_where_no_code_is_though_most_vectors_have_one():
+    config = dataclasses.replace(VQ, codes=5, codebook="loss", reset_every=1)
+    codebook = jnp.array([[1.0, 0.0], [9.0, 9.0], [8.0, 9.0], [9.0, 8.0], [8.0, 8.0]])
+    others = jnp.array([[1.1, 0.0], [2.0, 3.0], [-4.0, 1.0], [0.0, -2.0]])
+    x = jnp.concatenate([jnp.tile(codebook[:1], (200, 1)), others])
+    ids, state = vq(config, codebook, x).ids, book(config, 2)[1]
+    assert not ids.any()
+    for seed in range(3):
+        new, _ = update_vq(config, state, codebook, x, ids, jax.random.key(seed))
+        np.testing.assert_array_equal(new[0], codebook[0])
+        assert sorted(new[1:].tolist()) == sorted(others.tolist())
+
+
+def test_a_far_vector_is_drawn_before_a_near_one_as_its_squared_distance_says():
+    config = dataclasses.replace(VQ, codes=2, codebook="loss", reset_every=1)
+    codebook, x = jnp.array([[0.0], [100.0]]), jnp.array([[1.0], [2.0]])
+    state, ids = book(config, 1)[1], jnp.zeros(2, int)
+    new = jax.vmap(lambda key: update_vq(config, state, codebook, x, ids, key)[0])(
+        jax.random.split(jax.random.key(0), 2000)
+    )
+    assert float(jnp.mean(new[:, 1, 0] == 2)) == pytest.approx(4 / 5, abs=0.03)
+
+
 def test_codes_in_use_since_the_last_reset_are_not_reset():
     config = dataclasses.replace(VQ, codes=2, codebook="loss", reset_every=2)
     codebook, state = jnp.array([[0.0], [1.0]]), book(config, 1)[1]

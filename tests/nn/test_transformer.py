@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 
 from dreamer4.errors import UserError
+from dreamer4.models.dynamics import DynamicsConfig
+from dreamer4.models.sequence_latent_action import SequenceConfig
+from dreamer4.models.tokenizer import TokenizerConfig
+from dreamer4.nn.layers import draw_kernels
 from dreamer4.nn.rotary import time_angles
 from dreamer4.nn.transformer import (
     Attention,
@@ -20,6 +24,7 @@ from dreamer4.nn.transformer import (
     look_back,
     make_sight,
     parameter_count,
+    refuse_experts_and_condition,
     transformer_flops,
 )
 
@@ -27,6 +32,9 @@ WIDTH = 16
 CONFIG = TransformerConfig(d_model=WIDTH, depth=4, heads=2, mlp_ratio=2.0, time_every=2, context=3)
 ONE_BLOCK = dataclasses.replace(CONFIG, depth=2)  # one layer over space, then one over time
 TIME_LAYER = dataclasses.replace(CONFIG, depth=1, time_every=1)
+# All options at once, each in one of the two.
+LEARNED = dataclasses.replace(CONFIG, positions="learned", condition="film", experts=3)
+ALIBI = dataclasses.replace(CONFIG, positions="alibi", condition="adaln_zero", kv_heads=1)
 LAYOUT = Layout(
     (Modality("latent", reads=("latent", "patch"), size=3), Modality("patch", reads=("patch",), grid=(2, 2))),
     temporal=3,
@@ -40,6 +48,12 @@ def tokens(batch=2, time=7, layout=LAYOUT):
     return jnp.asarray(values, jnp.float32)
 
 
+def condition_of(config, x):
+    """Something to tell each time step of ``x``, where the config says that there is."""
+    told = np.random.default_rng(4).normal(size=(x.shape[0], 9, WIDTH))[:, : x.shape[1]]
+    return None if config.condition == "none" else jnp.asarray(told, jnp.float32)
+
+
 @functools.cache
 def build(config=CONFIG, layout=LAYOUT):
     """A transformer and parameters for it, none of them at a constant under which a mistake might not show."""
@@ -47,15 +61,17 @@ def build(config=CONFIG, layout=LAYOUT):
 
     def draw(path, leaf):
         noise = rng.normal(size=leaf.shape)
-        value = noise * leaf.shape[-2] ** -0.5 if path[-1].key == "kernel" else 1 + 0.2 * noise
+        matrix = path[-1].key in ("kernel", "weight")
+        value = noise * leaf.shape[-2] ** -0.5 if matrix else 1 + 0.2 * noise
         return jnp.asarray(value, leaf.dtype)
 
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens(1, 1, layout))["params"]
+    one = tokens(1, 1, layout)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), one, condition=condition_of(config, one))["params"]
     return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def apply(model, params, x, cache=None, starts=None):
-    return model.apply({"params": params}, x, cache, starts)
+def apply(model, params, x, cache=None, starts=None, condition=None):
+    return model.apply({"params": params}, x, cache, starts, condition)
 
 
 run = jit(apply, static_argnums=0)
@@ -112,15 +128,23 @@ def test_tokens_that_do_not_attend_over_time_pass_unchanged():
     assert (np.abs(out[:, :, :3] - x[:, :, :3]).max(axis=(0, 1, 3)) > 1e-3).all()
 
 
-@pytest.mark.parametrize("chunks", [[1] * 8, [4, 1, 3], [8]])
-def test_cached_equals_uncached_past_the_ring_s_end(chunks):
-    config = dataclasses.replace(CONFIG, kv_heads=1)
+@pytest.mark.parametrize(
+    ("config", "chunks"),
+    [
+        *((dataclasses.replace(CONFIG, kv_heads=1), chunks) for chunks in ([1] * 8, [4, 1, 3], [8])),
+        (LEARNED, [4, 4]),
+        (ALIBI, [1] * 8),
+    ],
+)
+def test_cached_equals_uncached_past_the_ring_s_end(config, chunks):
     model, params = build(config)
     x = tokens(time=8)  # the ring of 3 wraps twice
-    whole, _ = run(model, params, x)
+    told = condition_of(config, x)
+    whole, _ = run(model, params, x, condition=told)
     cache, parts, start = empty_cache(config, LAYOUT, 2), [], 0
     for count in chunks:
-        part, cache = run(model, params, x[:, start : start + count], cache)
+        now = slice(start, start + count)
+        part, cache = run(model, params, x[:, now], cache, condition=None if told is None else told[:, now])
         parts.append(part)
         start += count
     assert int(cache.frame) == 8
@@ -179,11 +203,31 @@ def test_queries_and_keys_are_normalised():
     assert np.abs(run(model, gained, tokens())[0] - expected).max() > 0.1
 
 
-def test_attention_over_space_knows_places():
-    model, params = build(ONE_BLOCK)
-    x, swapped = tokens(), np.array([0, 1, 2, 6, 4, 5, 3])  # two patches change places
+@pytest.mark.parametrize("positions", ["rotary", "alibi", "learned"])
+def test_attention_over_space_knows_places(positions):
+    model, params = build(dataclasses.replace(ONE_BLOCK, positions=positions))
+    # Two neighbours change places; two corners might, without a change of distances.
+    x, swapped = tokens(), np.array([0, 1, 2, 4, 3, 5, 6])
     moved = np.abs(run(model, params, x[:, :, swapped])[0][:, :, swapped] - run(model, params, x)[0])
-    assert (moved.max(axis=(0, 1, 3)) > 1e-2).all()
+    moved = moved.max(axis=(0, 1, 3))
+    assert (moved[3:] > 1e-2).all()
+    # To tokens off the grid all patches are equally near, if distance is all that counts.
+    assert (moved[:3] < 1e-5).all() if positions == "alibi" else (moved[:3] > 1e-2).all()
+
+
+@pytest.mark.parametrize("positions", ["rotary", "alibi", "learned"])
+def test_attention_over_time_knows_the_order(positions):
+    model, params = build(dataclasses.replace(TIME_LAYER, positions=positions))
+    x = tokens(time=3)
+    moved = np.abs(run(model, params, x[:, np.array([1, 0, 2])])[0] - run(model, params, x)[0])[:, 2]
+    assert (moved[:, :3].max(axis=(0, 2)) > 1e-3).all()
+    assert not moved[:, 3:].any()
+
+
+def test_distances_are_steps_on_the_grid():
+    expected = np.zeros((7, 7))
+    expected[3:, 3:] = [[0, 1, 1, 2], [1, 0, 2, 1], [1, 2, 0, 1], [2, 1, 1, 0]]
+    np.testing.assert_array_equal(LAYOUT.distances(), expected)
 
 
 def test_bfloat16_is_near_float32_with_float32_parameters():
@@ -210,19 +254,24 @@ def test_aligned_start_attends_by_likeness():
     jax.tree.map(np.testing.assert_array_equal, aligned_start(grouped), grouped)
 
 
-def test_no_frame_sees_past_the_start_of_its_clip():
-    model, params = build()
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(LEARNED, depth=2)])
+def test_no_frame_sees_past_the_start_of_its_clip(config):
+    model, params = build(config)
     x, cuts = tokens(), ((2, 5), (4,))
+    told = condition_of(config, x)
     starts = np.zeros(x.shape[:2], bool)
     for b, cut in enumerate(cuts):
         starts[b, list(cut)] = True
-    found, _ = run(model, params, x, None, jnp.asarray(starts))
+    found, _ = run(model, params, x, None, jnp.asarray(starts), told)
     for b, cut in enumerate(cuts):
         for start, end in zip((0, *cut), (*cut, 7), strict=True):
             # A clip's first frames do not see what follows them, so they may be padded to one length.
-            part = jnp.pad(x[b : b + 1, start:end], ((0, 0), (0, 4 - (end - start)), (0, 0), (0, 0)))
-            np.testing.assert_allclose(found[b, start:end], run(model, params, part)[0][0, : end - start], atol=1e-5)
-    assert np.abs(found - run(model, params, x)[0])[starts].max() > 1e-2
+            padding = ((0, 0), (0, 4 - (end - start)), (0, 0), (0, 0))
+            part = jnp.pad(x[b : b + 1, start:end], padding)
+            own = None if told is None else jnp.pad(told[b : b + 1, start:end], padding[:3])
+            alone = run(model, params, part, condition=own)[0][0, : end - start]
+            np.testing.assert_allclose(found[b, start:end], alone, atol=1e-5)
+    assert np.abs(found - run(model, params, x, condition=told)[0])[starts].max() > 1e-2
 
 
 def test_frames_after_a_cache_cannot_start_anew():
@@ -250,8 +299,9 @@ def test_looking_back_starts_at_the_step_before():
     assert (logits.argmax(-1)[:, :, 1:] == np.arange(time - 1)).all()
 
 
-def test_grouped_heads_do_not_look_back():
-    config = dataclasses.replace(CONFIG, kv_heads=1)
+@pytest.mark.parametrize("fields", [{"kv_heads": 1}, {"positions": "alibi"}])
+def test_grouped_heads_and_heads_that_do_not_turn_do_not_look_back(fields):
+    config = dataclasses.replace(CONFIG, **fields)
     params = build(config)[1]
     jax.tree.map(np.testing.assert_array_equal, look_back(config, params), params)
 
@@ -262,6 +312,108 @@ def test_counts_match_the_parameters():
     # One token, one frame: two operations for each weight of a matrix, and 4 D for the one pair of each attention.
     single = Layout((Modality("a", reads=("a",), size=1),), temporal=1)
     assert transformer_flops(CONFIG, single, 1) == 4 * (2 * (4 * 16 * 16 + 3 * 16 * 32) + 4 * 16)
+    # Experts have a router beside them; FiLM makes four vectors of a time step, and gates two more.
+    several = 4 * (2 * (4 * 16 * 16 + 3 * (3 * 16 * 32) + 3 * 16 + 4 * 16 * 16) + 4 * 16)
+    assert transformer_flops(LEARNED, single, 1) == several
+    gated = 4 * (2 * (3 * 16 * 16 + 3 * 16 * 32 + 6 * 16 * 16) + 4 * 16)  # and keys and values of one head of two
+    assert transformer_flops(ALIBI, single, 1) == gated
+
+
+def test_options_that_are_off_have_no_parameters():
+    maps = {f"attention/{name}/kernel" for name in ("query", "key", "value", "out")}
+    mlp = {f"mlp/{name}/kernel" for name in ("gate", "up", "down")}
+    layer = maps | mlp | {"attention/gain", "attention_norm/scale", "mlp_norm/scale"}
+    for name, block in build()[1]["blocks"].items():
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(block)]
+        assert {jax.tree_util.keystr(path, simple=True, separator="/") for path in paths} == layer, name
+
+
+def started(config):
+    """A transformer as a model would start it."""
+    x = tokens()
+    model = Transformer(config, LAYOUT)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, condition=condition_of(config, x))["params"]
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, s: jnp.ones(s.shape) if path[-1].key in ("scale", "gain") else jnp.zeros(s.shape), shapes
+    )
+    return model, jit(draw_kernels)(params, jax.random.key(2)), x, condition_of(config, x)
+
+
+def test_film_starts_without_a_condition():
+    plain, params, x, _ = started(ONE_BLOCK)
+    film, more, _, told = started(dataclasses.replace(ONE_BLOCK, condition="film"))
+    for name, layer in params["blocks"].items():
+        more["blocks"][name] |= layer
+    np.testing.assert_allclose(run(film, more, x, condition=told)[0], run(plain, params, x)[0], atol=1e-6)
+
+
+def test_gated_layers_start_as_the_identity():
+    model, params, x, told = started(dataclasses.replace(ONE_BLOCK, condition="adaln_zero"))
+    out, _ = run(model, params, x, condition=told)
+    np.testing.assert_allclose(out, x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6), atol=1e-5)
+    # The gates learn from the first step on, and then all else.
+    grads = jit(jax.grad(lambda p: jnp.sum(apply(model, p, x, condition=told)[0] ** 3)))(params)["blocks"]["time"]
+    gates = grads["modulation"]["weight"].reshape(WIDTH, 2, 3, WIDTH)
+    assert np.abs(gates[:, :, 2]).max(axis=(0, 2)).all()
+    assert not gates[:, :, :2].any()
+    assert not grads["attention"]["query"]["kernel"].any()
+
+
+@pytest.mark.parametrize("condition", ["film", "adaln_zero"])
+def test_what_a_step_is_told_reaches_all_its_tokens_and_no_step_before(condition):
+    config = dataclasses.replace(ONE_BLOCK, condition=condition)
+    model, params = build(config)
+    x = tokens(1, 4)
+    told = condition_of(config, x)
+    expected = run(model, params, x, condition=told)[0]
+    moved = np.abs(run(model, params, x, condition=told.at[:, 2].add(1.0))[0] - expected).max(-1)[0]
+    assert (moved[2] > 1e-2).all()
+    assert moved[3, :3].all()
+    assert not moved[3, 3:].any()  # patches have no past
+    assert not moved[:2].any()
+    # In each layer it scales and shifts, and gates, attention and MLP.
+    grads = jit(jax.grad(lambda p: jnp.sum(apply(model, p, x, condition=told)[0] ** 3)))(params)["blocks"]
+    for layer in grads.values():
+        assert (np.abs(layer["modulation"]["bias"].reshape(-1, WIDTH)).max(axis=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize(("config", "given"), [(CONFIG, True), (LEARNED, False)])
+def test_a_condition_must_be_given_where_one_is_said(config, given):
+    x = tokens()
+    told = condition_of(LEARNED, x) if given else None
+    with pytest.raises(ValueError, match=f"condition: {'one' if given else 'none'} given to a transformer"):
+        jax.eval_shape(Transformer(config, LAYOUT).init, jax.random.key(0), x, condition=told)
+
+
+def test_the_balance_is_the_mean_over_the_layers():
+    config = dataclasses.replace(CONFIG, experts=3)
+    model, params = build(config)
+    x = tokens()
+    expected, _ = run(model, params, x)
+    out, cache, balance = jit(lambda p: model.apply({"params": p}, x, method=Transformer.with_balance))(params)
+    assert cache is None
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    run_block, sight, balances = jit(SuperBlock(config, LAYOUT).apply), make_sight(config, x.shape[1]), []
+    for i in range(config.superblocks):
+        x, (_, one) = run_block({"params": jax.tree.map(lambda p, i=i: p[i], params["blocks"])}, x, None, sight)
+        balances.append(float(one))
+    assert balances[0] != pytest.approx(balances[1], abs=1e-4)
+    assert float(balance) == pytest.approx(np.mean(balances), abs=1e-5)
+
+
+def test_one_expert_is_used_evenly():
+    model, params = build(TIME_LAYER)
+    *_, balance = jit(lambda p: model.apply({"params": p}, tokens(), method=Transformer.with_balance))(params)
+    assert balance == 1
+
+
+@pytest.mark.parametrize("kind", [TokenizerConfig, DynamicsConfig, SequenceConfig])
+def test_models_that_do_not_know_the_options_refuse_them(kind):
+    with pytest.raises(UserError, match="experts: 2 found, 1 expected"):
+        kind(transformer=TransformerConfig(experts=2))
+    with pytest.raises(UserError, match="condition: film found, none expected"):
+        kind(transformer=TransformerConfig(condition="film"))
+    refuse_experts_and_condition(TransformerConfig(positions="alibi"), "model")
 
 
 @pytest.mark.parametrize(
@@ -277,6 +429,8 @@ def test_counts_match_the_parameters():
         ({"context": 0}, "context: 0 found"),  # a mask without any True
         ({"d_model": -64}, "d_model: -64 found"),
         ({"soft_cap": 0.0}, "soft_cap: 0.0 found"),
+        ({"experts": 0}, "experts: 0 found"),
+        ({"experts": 2, "experts_per_token": 3}, "experts_per_token: 3 found, at most the number of experts, 2"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(fields, message):

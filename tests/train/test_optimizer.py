@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,13 @@ import optax
 import optax.contrib
 import pytest
 
+from dreamer4.batch import Batch, BatchSpec, fake_batch
 from dreamer4.errors import UserError
-from dreamer4.train.optimizer import OptimizerConfig, learning_rate, make_optimizer, stack_alike
+from dreamer4.nn.layers import draw_kernels
+from dreamer4.nn.transformer import Layout, Modality, Transformer, TransformerConfig
+from dreamer4.train.checkpoint import Checkpoints
+from dreamer4.train.optimizer import OptimizerConfig, hessian_diagonal, learning_rate, make_optimizer, stack_alike
+from dreamer4.train.state import init_state, make_step
 
 
 def rates(config: OptimizerConfig, steps: int, *at: int, peak: float | None = None) -> list[float]:
@@ -186,3 +193,119 @@ def test_stacking_keeps_matrices_of_a_shape_apart():
     found, _ = stack_alike(double).update(grads, stack_alike(double).init(grads), None)
     for path, value in by_path(grads).items():
         np.testing.assert_array_equal(by_path(found)[path], 2 * value)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sophia"])
+def test_a_steep_and_flat_valley_is_descended(name):
+    steepness = jnp.asarray([[100.0, 1.0], [1.0, 0.01]])
+
+    def loss(params: dict) -> jax.Array:
+        return jnp.sum(steepness * jnp.square(params["blocks"]["kernel"]))
+
+    config = OptimizerConfig(name=name, learning_rate=0.01, schedule="constant", warmup_steps=0, weight_decay=0.0)
+    optimizer = optax.with_extra_args_support(make_optimizer(config, 100))
+
+    def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params, obj_fn=loss)
+        return (optax.apply_updates(params, updates), state), value
+
+    params = {"blocks": {"kernel": jnp.ones((2, 2))}}
+    losses = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), length=300)[1])(params)
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def sophia(**fields) -> optax.GradientTransformationExtraArgs:
+    options = {"name": "sophia", "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0, "clip": None}
+    return optax.with_extra_args_support(make_optimizer(OptimizerConfig(**(options | fields)), 100))
+
+
+def hessian_of(state) -> dict:
+    is_sophia = lambda x: hasattr(x, "hessian_fn_state")  # noqa: E731
+    return next(s for s in jax.tree.leaves(state, is_leaf=is_sophia) if is_sophia(s)).nu
+
+
+def test_sophia_divides_by_the_diagonal_of_the_hessian():
+    steepness, optimizer = jnp.asarray([[1e6, 1e7, 10.0]]), sophia(weight_decay=0.0)
+    params = {"kernel": jnp.ones((1, 3))}
+
+    def loss(p: dict) -> jax.Array:
+        return 0.5 * jnp.sum(steepness * jnp.square(p["kernel"]))
+
+    _, state = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params, obj_fn=loss)
+    # Exact where the Hessian is diagonal; the first of a running mean at 0.99.
+    np.testing.assert_allclose(hessian_of(state)["kernel"], 0.01 * steepness, rtol=1e-5)
+    grads = {"kernel": jnp.asarray([[20.0, 20.0, 20.0]])}
+    updates, _ = optimizer.update(grads, state, params, obj_fn=loss)
+    mean = (0.965 * 0.035 * steepness + 0.035 * 20.0) / (1 - 0.965**2)
+    expected = -0.1 * np.clip(mean / (0.01 * 0.01 * steepness), -1, 1)
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-4)
+
+
+def test_an_estimate_goes_through_functions_with_a_gradient_of_their_own():
+    @jax.custom_vjp
+    def cube(x: jax.Array) -> jax.Array:
+        return x**3
+
+    cube.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x**2 * g,))
+    estimate = hessian_diagonal()
+    params = {"x": jnp.asarray([1.0, -2.0])}
+    found, _ = estimate.update(params, estimate.init(params), params, obj_fn=lambda p: cube(p["x"]).sum())
+    np.testing.assert_allclose(found["x"], [6.0, -12.0])
+
+
+def test_sophia_forgets_an_estimate_that_is_not_finite():
+    params, optimizer = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, sophia()
+
+    def loss(p: dict) -> jax.Array:
+        return sum(jnp.sum(jnp.abs(x - x) ** 1.5) for x in jax.tree.leaves(p))  # whose second derivative is infinite
+
+    updates, state = jax.jit(lambda g, s, p: optimizer.update(g, s, p, obj_fn=loss))(
+        params, optimizer.init(params), params
+    )
+    for x in jax.tree.leaves((updates, hessian_of(state))):
+        assert jnp.isfinite(x).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Darken:
+    """A tiny transformer learns what is half as bright as its frames."""
+
+    model: Transformer = Transformer(
+        TransformerConfig(d_model=16, depth=1, heads=2, mlp_ratio=1.0, time_every=1, context=2),
+        Layout((Modality("row", reads=("row",), size=4),), temporal=4),
+    )
+
+    def init(self, key):
+        return draw_kernels(dict(self.model.init(key, jnp.zeros((1, 1, 4, 16)))["params"]), key), {}
+
+    def loss(self, params, carry, frozen, batch: Batch, key, step):
+        x = (batch.video / 255.0).reshape(*batch.video.shape[:3], -1)
+        return jnp.square(self.model.apply({"params": params}, x)[0] - x / 2).mean(), (carry, {})
+
+    def evaluate(self, params, frozen, clips, key):
+        raise NotImplementedError
+
+    def pictures(self, params, frozen, clips, key):
+        raise NotImplementedError
+
+
+def test_sophia_trains_a_transformer_and_comes_back_from_a_checkpoint(tmp_path):
+    objective = Darken()
+    optimizer = make_optimizer(OptimizerConfig(name="sophia", learning_rate=3e-3, warmup_steps=0), 60)
+    batch, key = fake_batch(BatchSpec(batch=4, time=2, height=4, width=16, channels=1)), jax.random.key(0)
+    # This program takes much longer to compile than to run.
+    quickly = {"xla_backend_optimization_level": 0}
+    step = jax.jit(make_step(objective, optimizer, accumulate=2), compiler_options=quickly)
+    state, losses = init_state(objective, optimizer, key, ema=False), []
+    for _ in range(60):
+        state, metrics = step(state, None, batch, key)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(jnp.any(x != 0) for x in jax.tree.leaves(hessian_of(state.opt_state)))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(60, state, {}, {})
+        restored, _ = checkpoints.restore(jax.eval_shape(lambda: state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
