@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dreamer4.batch import Actions, ActionSpace
 from dreamer4.config import at_least
 from dreamer4.errors import UserError
+from dreamer4.models.actions import action_tables, embed_actions
 from dreamer4.models.patches import sinusoids
 from dreamer4.nn.attention import KVCache
 from dreamer4.nn.layers import Linear, draw_kernels
@@ -28,6 +29,7 @@ from dreamer4.nn.transformer import (
     aligned_start,
     empty_cache,
     look_back,
+    refuse_experts_and_condition,
     transformer_flops,
 )
 
@@ -60,6 +62,7 @@ class DynamicsConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "spatial", "k_max")
         at_least(0, self, "registers", "agents", "context_noise")
+        refuse_experts_and_condition(self.transformer, "dynamics")
         if self.context_noise > 1:
             raise UserError(f"context_noise: {self.context_noise} found, 1 or less expected")
         if self.latent_scale <= 0 or (self.latent_deviation or 1) <= 0:
@@ -94,7 +97,7 @@ class Dynamics(nn.Module):
         normal = nn.initializers.normal(1.0)
         self.embed = Linear(width, bias=True)
         self.no_action = self.param("no_action", normal, (width,))
-        tables = {a.name: (math.prod(_table(a.kind, a.size)), width) for a in self.actions}
+        tables = action_tables(self.actions, width)
         self.action_tables = {name: self.param(f"action_{name}", normal, shape) for name, shape in tables.items()}
         self.signal_table = self.param("signal", normal, (c.k_max + 1, width // 2))
         self.step_table = self.param("step", normal, (c.step_sizes, width - width // 2))
@@ -165,23 +168,8 @@ class Dynamics(nn.Module):
     def embed_action(
         self, action: Actions, labelled: Bool[Array, "B T"], starts: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """The sum of the embeddings of the components that are known, and the no-action embedding everywhere.
-
-        Known is what is ``labelled``, and what is ``inferred`` except at ``starts``: it tells of a frame unseen there.
-        """
-        embedded = jnp.zeros((*labelled.shape, self.config.transformer.d_model))
-        follows = jnp.ones_like(labelled) if starts is None else ~starts
-        for a in self.actions:
-            value, table = jnp.asarray(action[a.name]), self.action_tables[a.name]
-            known = (follows if a.inferred else labelled)[..., None]
-            if a.kind == "categorical":
-                told = table[value]
-            elif a.kind == "binary":  # two rows for each switch: off and on
-                told = table[value + 2 * jnp.arange(a.size)].sum(axis=-2)
-            else:
-                told = jnp.where(known, value, 0.0) @ table  # what stands in place of unknown may be NaN
-            embedded = embedded + jnp.where(known, told, 0.0)
-        return embedded + self.no_action
+        """What is known of each frame's action, as a vector (``dreamer4.models.actions``)."""
+        return embed_actions(self.actions, self.action_tables, self.no_action, action, labelled, starts)
 
     def cache(self, batch: int) -> KVCache:
         """The cache of ``batch`` streams that have seen nothing."""
@@ -197,10 +185,6 @@ class Dynamics(nn.Module):
         """The inverse of ``pack``, within the tokenizer's bounds of -1 and 1."""
         latents = z1 / self.config.latent_scale + self.config.latent_mean
         return jnp.clip(latents.reshape(*z1.shape[:2], self.latents, self.bottleneck), -1, 1)
-
-
-def _table(kind: str, size: int) -> tuple[int, ...]:
-    return (size, 2) if kind == "binary" else (size,)
 
 
 def init_dynamics(model: Dynamics, key: Array) -> dict:

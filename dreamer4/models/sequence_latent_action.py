@@ -26,6 +26,7 @@ from dreamer4.nn.transformer import (
     TransformerConfig,
     aligned_start,
     look_back,
+    refuse_experts_and_condition,
     transformer_flops,
 )
 
@@ -42,6 +43,9 @@ class SequenceConfig:
     """A vector is read from a learned token that looks at the frame's patches, or is the mean over the patches."""
     window: Literal["past", "pair"] = "past"
     """What the encoder sees of each transition: all frames up to its second, or its two frames alone."""
+    odd: bool = False
+    """Vectors that change their sign when the two frames of a pair change places, as in the pair model; of ``pair``
+    windows alone."""
     masked: float = 0.75
     """Share of the frames after the first that are hidden from the decoder in training, so that it needs the codes."""
     variance_weight: float = 1.0
@@ -55,8 +59,11 @@ class SequenceConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "patch", "code_width")
         at_least(0, self, "masked", "variance_weight", "variance_target")
+        refuse_experts_and_condition(self.transformer, "sequence model")
         if self.masked > 1:
             raise UserError(f"masked: {self.masked} found, 1 or less expected")
+        if self.odd and self.window != "pair":
+            raise UserError(f"odd: {self.odd} found with window {self.window}, pair expected: a clip has no reverse")
         if self.pool == "token" and self.transformer.time_every < 2:
             raise UserError("pool: token needs layers over space to see the patches, set time_every to 2 or more")
 
@@ -83,7 +90,7 @@ class SequenceLatentAction(nn.Module):
         if c.pool == "token":
             self.action_token = self.param("action_token", normal, (1, width))
         self.encoder = Transformer(c.transformer, self.encoder_layout)
-        self.to_code = Linear(self.code_width, bias=True)
+        self.to_code = Linear(self.code_width, bias=not c.odd)
 
         self.embed_known = Linear(width, bias=True)
         self.mask_token = self.param("mask_token", normal, (width,))
@@ -133,14 +140,23 @@ class SequenceLatentAction(nn.Module):
         if c.pool == "token":
             action = jnp.broadcast_to(self.action_token, (*tokens.shape[:2], *self.action_token.shape))
             tokens = jnp.concatenate([action.astype(tokens.dtype), tokens], axis=2)
-        if c.window == "pair":
-            # Each pair is a clip of its own: a short context would reach back further with every layer.
-            pairs = rearrange([tokens[:, :-1], tokens[:, 1:]], "two b t s d -> (b t) two s d")
-            seen = rearrange(self.encoder(pairs)[0][:, 1], "(b t) s d -> b t s d", b=len(video))
-        else:
+        if c.window == "past":
             seen = self.encoder(tokens)[0][:, 1:]
+        elif c.odd:
+            before, after = tokens[:, :-1], tokens[:, 1:]
+            both = self._pairs(jnp.concatenate([before, after]), jnp.concatenate([after, before]))
+            forwards, backwards = jnp.split(both, 2)
+            seen = forwards - backwards
+        else:
+            seen = self._pairs(tokens[:, :-1], tokens[:, 1:])
         pooled = seen[:, :, :1] if c.pool == "token" else seen.mean(axis=2, keepdims=True)
         return self.to_code(pooled).astype(jnp.float32)
+
+    def _pairs(self, before: Float[Array, "B t S D"], after: Float[Array, "B t S D"]) -> Float[Array, "B t S D"]:
+        """Tokens of ``after``, each frame told from the one before it alone."""
+        # Each pair is a clip of its own: a short context would reach back further with every layer.
+        pairs = rearrange([before, after], "two b t s d -> (b t) two s d")
+        return rearrange(self.encoder(pairs)[0][:, 1], "(b t) s d -> b t s d", b=len(before))
 
     def decode(
         self,
@@ -221,7 +237,7 @@ def sequence_flops(model: SequenceLatentAction, frames: int) -> int:
     """Floating point operations to encode and decode one clip of ``frames``; training takes about three times as
     many."""
     c, patches, transitions = model.config, model.grid[0] * model.grid[1], frames - 1
-    read, reach = (2 * transitions, 2) if c.window == "pair" else (frames, frames)
+    read, reach = (2 * transitions * (1 + c.odd), 2) if c.window == "pair" else (frames, frames)
     encoder = read * transformer_flops(c.transformer, model.encoder_layout, reach)
     decoder = transitions * transformer_flops(c.transformer, model.decoder_layout, transitions)
     pixels = patches * c.patch * c.patch * model.channels

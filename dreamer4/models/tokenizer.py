@@ -25,6 +25,7 @@ from dreamer4.nn.transformer import (
     TransformerConfig,
     aligned_start,
     empty_cache,
+    refuse_experts_and_condition,
     transformer_flops,
 )
 
@@ -46,6 +47,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "patch", "latents", "bottleneck")
+        refuse_experts_and_condition(self.transformer, "tokenizer")
 
 
 class Tokenizer(nn.Module):

@@ -95,6 +95,7 @@ def influence(f, *arguments):
         (CONFIG, {}, 5),  # two layers over time, each of 3 frames
         (CONFIG, {"depth": 2, "context": 2}, 2),
         (variant(window="pair", pool="mean"), {}, 2),
+        (variant(window="pair", odd=True), {}, 2),
     ],
 )
 def test_a_vector_sees_frames_up_to_its_second(config, transformer, reach):
@@ -166,7 +167,7 @@ def test_codes_are_counted_by_the_quantizer():
     assert model_of(variant(code_width=32), VQConfig(codes=20)).code_count == 20
 
 
-@pytest.mark.parametrize("config", [CONFIG, variant(window="pair", pool="mean")])
+@pytest.mark.parametrize("config", [CONFIG, variant(window="pair", pool="mean", odd=True)])
 def test_flops_are_those_of_the_program(config):
     model = model_of(config)
     program = jax.make_jaxpr(lambda params: model.apply({"params": params}, frames()))(draw(model))
@@ -187,7 +188,20 @@ def multiplied(jaxpr):
     return total
 
 
+def test_odd_vectors_change_their_sign_with_the_order_of_the_frames():
+    model = model_of(variant(window="pair", odd=True))
+    params, video = draw(model), frames(3)
+    forwards, backwards, still = (
+        encode(model, params, x) for x in (video, video[:, ::-1], jnp.repeat(video[:, :1], 3, axis=1))
+    )
+    assert np.abs(np.asarray(forwards)).max() > 1e-3
+    np.testing.assert_allclose(forwards, -backwards[:, ::-1], atol=1e-5)
+    np.testing.assert_allclose(still, np.zeros_like(still), atol=1e-5)
+
+
 def test_what_cannot_learn_is_refused():
+    with pytest.raises(UserError, match=r"odd: True found with window past, pair expected"):
+        variant(odd=True)
     with pytest.raises(UserError, match=r"masked: 1.5 found, 1 or less expected"):
         variant(masked=1.5)
     with pytest.raises(UserError, match=r"pool: token .* set time_every to 2 or more"):
