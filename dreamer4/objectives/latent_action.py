@@ -27,7 +27,7 @@ from dreamer4.models.latent_action import (
 )
 from dreamer4.models.patches import to_float
 from dreamer4.models.sequence_latent_action import SequenceLatentAction, hide_frames, variance_loss
-from dreamer4.nn.quantizers import VQConfig, VQState, update_vq
+from dreamer4.nn.quantizers import VQConfig, code_use, update_vq
 from dreamer4.objectives.loss_scales import LossScales, init_scales, normalize
 from dreamer4.objectives.masked_autoencoding import Perceptual
 
@@ -42,22 +42,25 @@ class LatentActionWeights:
     changed: float = 0.0
     """The squared error over those pixels alone that the transition changes: where these are few, as in most games, the
     mean over all pixels hardly sees them."""
+    reach: int = 0
+    """Pixels round a changed one that count as changed too. With none, a blot where a small thing should be costs no
+    more than nothing there; with many, the thing is again a small share of what is looked at."""
     perceptual: float = 0.2
     warmup: float = 0.0
     """Share of the run in which vectors reach the decoder as they are; over as long again, codes take their place."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "quantizer", "changed", "perceptual", "warmup")
+        at_least(0, self, "quantizer", "changed", "reach", "perceptual", "warmup")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Carry:
     """What training remembers: loss scales; where a codebook is learned its state, its rows after the last step and
-    which of them are new; batch norm's moments."""
+    which of them are new; batch norm's moments. None where there is none; shapes or shardings in their place."""
 
     scales: LossScales
-    vq: VQState | None
+    vq: Any
     codebook: Any
     replaced: Any
     moments: Any
@@ -99,7 +102,8 @@ class LatentActionLearning:
         error = jnp.square(painted - video[:, 1:])
         terms = {"mse": jnp.mean(error)}
         if self.weights.changed:
-            terms["changed"] = _mean_where(jnp.any(batch.video[:, 1:] != batch.video[:, :-1], axis=-1), error)
+            changed = jnp.any(batch.video[:, 1:] != batch.video[:, :-1], axis=-1)
+            terms["changed"] = _mean_where(dilate(jnp.asarray(changed), self.weights.reach), error)
         if self.perceptual is not None:
             ours, truth = (rearrange(x, "b t h w c -> (b t) h w c") for x in (painted, video[:, 1:]))
             terms["lpips"] = self.perceptual(frozen, ours, truth).mean()
@@ -117,7 +121,7 @@ class LatentActionLearning:
             )
             replaced = jnp.any(codebook != params["codebook"], axis=-1)
             carry = dataclasses.replace(carry, vq=state, codebook=codebook, replaced=replaced)
-        return loss, (carry, terms | {"quantizer": quantized.loss} | _use(quantized.usage))
+        return loss, (carry, terms | {"quantizer": quantized.loss} | code_use(quantized.usage))
 
     def _hardness(self, step: Int[Array, ""]) -> Float[Array, ""]:
         """0 where vectors are taken as they are, 1 where codes stand for them."""
@@ -143,7 +147,7 @@ class LatentActionLearning:
     def evaluate(self, params: PyTree, frozen: PyTree, clips: Batch, key: PRNGKeyArray) -> dict[str, Array]:
         """Of the frames predicted from their own codes, clipped to [0, 1]: the PSNR of the pooled squared error in dB,
         the mean SSIM, the mean squared error. ``gain`` is the PSNR above that under another clip's codes, ``over_copy``
-        above that of the current frame; then the use of the codes."""
+        above that of the current frame; then the use of the codes, ``code_usage`` being the share of each."""
         del frozen, key
 
         def happened(video: Array) -> tuple[Array, Array]:
@@ -164,7 +168,8 @@ class LatentActionLearning:
         )
         psnr, over = mse_to_psnr(mse), {"gain": mse_to_psnr(shuffled), "over_copy": mse_to_psnr(copied)}
         gains = {name: psnr - other for name, other in over.items()}
-        return {"psnr": psnr, "ssim": similarity, "mse": mse} | gains | _use(usage.mean(0))
+        used = usage.mean(0)
+        return {"psnr": psnr, "ssim": similarity, "mse": mse} | gains | code_use(used) | {"code_usage": used}
 
     def pictures(self, params: PyTree, frozen: PyTree, clips: Batch, key: PRNGKeyArray) -> Float[Array, "T H W C"]:
         """Below each other for each clip in a column: the current frame, the next, its prediction from the codes, its
@@ -188,13 +193,18 @@ def _follow(moments: PyTree, seen: PyTree) -> PyTree:
     return jax.tree.map(lambda old, new: MOMENTS_DECAY * old + (1 - MOMENTS_DECAY) * new, moments, seen)
 
 
+def dilate(chosen: Bool[Array, "B T H W"], reach: int) -> Bool[Array, "B T H W"]:
+    """The chosen pixels and all that are at most ``reach`` rows and columns from one."""
+    if not reach:
+        return chosen
+    size = 2 * reach + 1
+    x = chosen.astype(jnp.float32)
+    for window in ((1, 1, size, 1), (1, 1, 1, size)):  # a square is rows of columns
+        x = jax.lax.reduce_window(x, 0.0, jax.lax.max, window, (1, 1, 1, 1), "SAME")
+    return x > 0
+
+
 def _mean_where(chosen: Bool[Array, "B T H W"], x: Float[Array, "B T H W C"]) -> Float[Array, ""]:
     """The mean over the chosen pixels; 0 where none is."""
     total = jnp.sum(jnp.where(chosen[..., None], x, 0.0))
     return total / (x.shape[-1] * jnp.maximum(jnp.sum(chosen), 1))
-
-
-def _use(usage: Float[Array, " K"]) -> dict[str, Array]:
-    """How many codes stand for something, as a share, and the perplexity of their use."""
-    entropy = -jnp.sum(usage * jnp.log(jnp.maximum(usage, 1e-12)))
-    return {"codes_used": jnp.mean(usage > 0), "perplexity": jnp.exp(entropy)}

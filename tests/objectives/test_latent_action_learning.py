@@ -12,7 +12,8 @@ from dreamer4.models.latent_action import LatentActionConfig, PairConfig, infer
 from dreamer4.models.sequence_latent_action import SequenceConfig
 from dreamer4.nn.quantizers import FSQConfig, VQConfig
 from dreamer4.nn.transformer import TransformerConfig
-from dreamer4.objectives.latent_action import LatentActionLearning, LatentActionWeights
+from dreamer4.objectives import latent_action
+from dreamer4.objectives.latent_action import LatentActionLearning, LatentActionWeights, dilate
 from dreamer4.train.state import init_state, make_step
 
 VQ = VQConfig(codes=4, reset_every=4)
@@ -54,7 +55,8 @@ def fitted():
 
 def test_what_happened_is_learned_and_the_codes_carry_it(fitted):
     learning, state, _ = fitted
-    found = {k: float(v) for k, v in jax.jit(learning.evaluate)(state.params, None, moved_squares(), KEY).items()}
+    found = jax.jit(learning.evaluate)(state.params, None, moved_squares(), KEY)
+    np.testing.assert_allclose(found.pop("code_usage"), [0.25] * 4)
     assert found["psnr"] > 25
     assert found["gain"] > 10
     assert found["codes_used"] == 1
@@ -96,6 +98,72 @@ def test_a_codebook_that_learns_by_gradient_is_the_optimizers():
     moved = np.any(np.asarray(state.params["codebook"] != before), axis=1)
     assert moved.sum() > 0
     assert float(metrics["quantizer"]) > 0
+
+
+@pytest.fixture
+def painted_loss(monkeypatch):
+    """The loss as a function of the painted frames and its weights, without a model and the quantizer's part."""
+    vectors = jnp.zeros((4, 1, 1, 4))
+    monkeypatch.setattr(latent_action, "encode", lambda *_, **__: (vectors, {}))
+
+    def loss(painted, weights, batch):
+        monkeypatch.setattr(latent_action, "decode", lambda *_, **__: (painted, {}))
+        learning = dataclasses.replace(objective(), weights=LatentActionWeights(quantizer=0.0, **weights))
+        shapes = jax.eval_shape(learning.init, KEY)
+        params, carry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        value, (_, metrics) = learning.loss(params, carry, None, batch, KEY, jnp.int32(0))
+        return value, metrics
+
+    return loss
+
+
+def test_what_changes_can_weigh_more_and_nothing_else_then_does(painted_loss):
+    batch = moved_squares()
+    video = np.array(batch.video)
+    video[0, 1, 0, 0, 2] = 1  # one channel, by a hair
+    batch = dataclasses.replace(batch, video=video)
+    painted = jax.random.uniform(KEY, (4, 1, 12, 12, 3))
+    changed = np.any(np.asarray(batch.video[:, 1:] != batch.video[:, :-1]), -1)
+    assert 0.1 < changed.mean() < 0.3
+    error = np.square(np.asarray(painted) - np.asarray(batch.video[:, 1:], np.float32) / 255)
+    gradient = jax.grad(painted_loss, has_aux=True)
+    (off, plain), (on, found) = (gradient(painted, {"changed": x}, batch) for x in (0.0, 0.5))
+    assert "changed" not in plain
+    assert float(found["mse"]) == pytest.approx(error.mean(), rel=1e-5)
+    assert float(found["changed"]) == pytest.approx(error[changed].mean(), rel=1e-5)
+    extra = np.asarray(on - off)
+    assert not np.any(extra[~changed])
+    # At the first step each term is over itself.
+    of_term = (np.asarray(painted) - np.asarray(batch.video[:, 1:]) / 255) * 2 / (3 * changed.sum())
+    np.testing.assert_allclose(extra[changed], 0.5 * of_term[changed] / error[changed].mean(), rtol=1e-3, atol=1e-7)
+
+
+def test_where_nothing_changes_there_is_nothing_to_weigh(painted_loss):
+    batch = moved_squares()
+    batch = dataclasses.replace(batch, video=np.repeat(batch.video[:, :1], 2, axis=1))
+    painted = jax.random.uniform(KEY, (4, 1, 12, 12, 3))
+    gradient = jax.value_and_grad(painted_loss, has_aux=True)
+    ((off, _), of_off), ((on, found), of_on) = (gradient(painted, {"changed": x}, batch) for x in (0.0, 0.5))
+    assert float(found["changed"]) == 0
+    assert float(on) == float(off)
+    np.testing.assert_array_equal(of_on, of_off)
+
+
+def test_round_a_changed_pixel_others_count_as_changed():
+    chosen = np.zeros((1, 2, 5, 6), bool)
+    chosen[0, 0, 1, 2] = chosen[0, 1, 4, 5] = True
+    near = np.zeros_like(chosen)
+    near[0, 0, :3, 1:4] = near[0, 1, 3:, 4:] = True
+    np.testing.assert_array_equal(dilate(jnp.asarray(chosen), 1), near)
+    np.testing.assert_array_equal(dilate(jnp.asarray(chosen), 0), chosen)
+
+
+def test_without_its_weight_the_changed_pixels_are_not_looked_at(painted_loss, monkeypatch):
+    monkeypatch.delattr(latent_action, "_mean_where")
+    value, metrics = painted_loss(jax.random.uniform(KEY, (4, 1, 12, 12, 3)), {}, moved_squares())
+    assert float(value) == pytest.approx(1, abs=1e-6)
+    assert objective().init(KEY)[1].scales.mean_square.keys() == {"mse"}
+    assert metrics.keys() == {"mse", "quantizer", "codes_used", "perplexity"}
 
 
 def test_vectors_reach_the_decoder_as_they_are_until_the_warm_up_ends():

@@ -9,9 +9,18 @@ import pytest
 
 from dreamer4.batch import BatchSpec, fake_batch
 from dreamer4.errors import UserError
+from dreamer4.metrics.codes import perplexity, usage
 from dreamer4.metrics.pixels import ssim
 from dreamer4.models.patches import patchify, to_float, unpatchify
 from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig
+from dreamer4.models.video_tokenizer import (
+    VideoTokenizer,
+    VideoTokenizerConfig,
+    encode_video,
+    init_video_tokenizer,
+    reconstruct_video,
+)
+from dreamer4.nn.quantizers import FSQConfig
 from dreamer4.nn.transformer import TransformerConfig
 from dreamer4.objectives.loss_scales import init_scales, normalize
 from dreamer4.objectives.masked_autoencoding import MaskedAutoencoding, MaskingConfig
@@ -271,6 +280,69 @@ def test_the_first_step_is_the_recorded_one(training):
         "the first training step gives other numbers than were recorded. Where a change was meant to change them (the"
         f" model, its start, the masking, the loss), and CHANGELOG.md says so, record {found}; otherwise this is a bug"
     )
+
+
+# ----- of codes -----
+
+CODES = VideoTokenizer(
+    VideoTokenizerConfig(
+        PATCH,
+        FSQConfig((4, 4, 3), rounding="symmetric"),
+        transformer=TransformerConfig(d_model=16, depth=2, heads=2, mlp_ratio=2.0, time_every=2, context=4),
+    ),
+    HEIGHT,
+    WIDTH,
+)
+
+
+@pytest.fixture(scope="module")
+def codes():
+    """What training, evaluation and pictures say of three clips, and what is so."""
+    batch, key = clips(3, 2), jax.random.key(0)
+    open_, hidden = (MaskedAutoencoding(CODES, MaskingConfig(ceiling=ceiling)) for ceiling in (0.0, 0.9))
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def run():
+        params = init_video_tokenizer(CODES, key)
+        video = to_float(batch.video)
+        return {
+            "ids": encode_video(CODES, params, video)[0].ids,
+            "painted": reconstruct_video(CODES, params, video),
+            "train": loss(open_, params, batch)[1][1],
+            "hidden": loss(hidden, params, batch)[1][1],
+            "evaluation": open_.evaluate(params, None, batch, key),
+            "pictures": open_.pictures(params, None, batch, key),
+        }
+
+    return batch, jax.tree.map(np.asarray, run())
+
+
+def test_a_model_of_codes_tells_their_use(codes):
+    _, found = codes
+    shares = usage(found["ids"], CODES.code_count)  # of all three clips together
+    for told in (found["train"], found["evaluation"]):
+        assert told["codes_used"] == pytest.approx(np.mean(shares > 0), rel=1e-5)
+        assert told["perplexity"] == pytest.approx(perplexity(shares), rel=1e-4)
+
+
+def test_nothing_is_hidden_from_a_model_of_codes_unless_asked(codes):
+    batch, found = codes
+    assert found["train"]["masked"] == 0
+    assert found["train"]["mse"] == pytest.approx(
+        float(np.mean((found["painted"] - to_float(batch.video)) ** 2)), rel=1e-4
+    )
+    assert 0.1 < found["hidden"]["masked"] < 0.9
+    assert found["hidden"]["mse"] != found["train"]["mse"]
+
+
+def test_pictures_of_codes_show_truth_reconstruction_and_difference(codes):
+    batch, found = codes
+    assert found["pictures"].shape == (2, 3 * (HEIGHT + 2), 3 * (WIDTH + 2), 3)
+    framed = found["pictures"].reshape(2, 3, HEIGHT + 2, 3, WIDTH + 2, 3).transpose(1, 3, 0, 2, 4, 5)
+    truth, painted, difference = framed[:, :, :, 1:-1, 1:-1]
+    np.testing.assert_allclose(truth, to_float(batch.video), atol=1e-6)
+    np.testing.assert_allclose(painted, np.clip(found["painted"], 0, 1), atol=1e-5)
+    np.testing.assert_allclose(difference, np.clip(0.5 + painted - truth, 0, 1), atol=1e-5)
 
 
 def test_the_scales_start_with_the_terms_that_there_are():
