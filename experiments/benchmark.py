@@ -1,7 +1,8 @@
-"""How fast it is, as figures that compare: ``uv run experiments/benchmark.py tokenizer|dynamics|generate [FLAGS]``.
+"""How fast it is, as figures that compare: ``uv run experiments/benchmark.py BENCHMARK [FLAGS]``.
 
-Everything is measured in this one process, without the compilation cache: the time from the start of the script to the
-end of the first training step, the steady rate, and beside it what this machine's matrix product does.
+There are ``tokenizer``, ``video_tokenizer``, ``dynamics`` and ``generate``. Everything is measured in this one process,
+without the compilation cache: the time from the start of the script to the end of the first training step, the steady
+rate, and beside it what this machine's matrix product does.
 """
 
 import time
@@ -24,7 +25,7 @@ from rich.table import Table  # noqa: E402
 
 from dreamer4.config import at_least  # noqa: E402
 from dreamer4.errors import UserError  # noqa: E402
-from dreamer4.models.tokenizer import init_tokenizer, tokenizer_flops  # noqa: E402
+from dreamer4.models.tokenizer import init_tokenizer  # noqa: E402
 from dreamer4.objectives.shortcut_forcing import ShortcutForcing  # noqa: E402
 from dreamer4.rollout.generate import Generator  # noqa: E402
 from dreamer4.train.cli import main  # noqa: E402
@@ -65,6 +66,14 @@ class TokenizerBenchmark(Benchmark):
 
 
 @dataclasses.dataclass(frozen=True)
+class VideoTokenizerBenchmark(TokenizerBenchmark):
+    """Training steps of the tokenizer of codes."""
+
+    preset: str = "tinyworlds-reference"
+    """Preset of train_tokenizer.py to measure."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DynamicsBenchmark(Benchmark):
     """Training steps of the dynamics, each of which encodes its frames and bootstraps."""
 
@@ -96,7 +105,7 @@ def benchmark_tokenizer(options: TokenizerBenchmark) -> dict[str, Any]:
     objective, weights = train_tokenizer.make_objective(config, source.spec)
 
     def flops(shape: Shape) -> float:
-        return 3 * shape[0] * shape[1] * tokenizer_flops(objective.model, shape[1])
+        return 3 * shape[0] * shape[1] * train_tokenizer.model_flops(objective.model, shape[1])
 
     return benchmark_steps(options, config, objective, source, weights, flops)
 
@@ -145,8 +154,7 @@ def benchmark_steps(
     total = time.perf_counter() - total
     frames = sum(clips * length for clips, length in source.shapes) / cycle
     work = sum(map(flops, source.shapes)) / cycle
-    transformer = (config.tokenizer if isinstance(config, train_tokenizer.Config) else config.dynamics).transformer
-    rate = matmul_rate(transformer.dtype)
+    rate = matmul_rate(_model(config).transformer.dtype)
     return {
         "frames_per_s": frames / seconds,
         "step_ms": seconds * 1e3,
@@ -214,6 +222,13 @@ def _preset(presets: Mapping[str, tuple[str, Any]], options: TokenizerBenchmark 
     return config if options.data is None else dataclasses.replace(config, data=options.data)
 
 
+def _model(config: train_tokenizer.Config | train_dynamics.Config) -> Any:
+    """The configuration of the model that is trained."""
+    if isinstance(config, train_dynamics.Config):
+        return config.dynamics
+    return config.video_tokenizer if config.model == "codes" else config.tokenizer
+
+
 def matmul_rate(dtype: str) -> float:
     """Floating point operations per second of square matrix products on this machine, ten in a row so that the launch
     does not count."""
@@ -250,6 +265,7 @@ def _flat(figures: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]
 
 BENCHMARKS = {
     "tokenizer": (TokenizerBenchmark, benchmark_tokenizer),
+    "video_tokenizer": (VideoTokenizerBenchmark, benchmark_tokenizer),
     "dynamics": (DynamicsBenchmark, benchmark_dynamics),
     "generate": (GenerateBenchmark, benchmark_generate),
 }

@@ -1,8 +1,9 @@
 """How well a model dreams, and what that costs: ``uv run experiments/evaluate.py [FLAGS]``.
 
-Held-out clips are continued from their first frames, with each number K of denoising steps a frame. The figures go to
-the terminal and, step by step of the horizon, to ``evaluation.json``; ``dream.gif`` shows clips in columns (the truth,
-the dream, the difference), and ``curves.png`` how the figures change with the horizon. A run of latent actions gets the
+Held-out clips are continued from their first frames, with each number K of steps a frame (of denoising, or of setting
+masked codes). The figures go to the terminal and, step by step of the horizon, to ``evaluation.json``; ``dream.gif``
+shows clips in columns (the truth, the dream, the difference), and ``curves.png`` how the figures change with the
+horizon. ``--codes 2 2 0`` adds ``codes.gif``, in which these actions are followed. A run of latent actions gets the
 report of ``report_latent_actions.py``.
 """
 
@@ -22,22 +23,27 @@ from curves import draw_curves
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from train_dynamics import TrainedDynamics, check_frames, load_dynamics
+from train_dynamics import check_frames
 
-from dreamer4.batch import Actions, Batch
+from dreamer4.batch import Actions, Batch, check_actions
 from dreamer4.config import at_least, from_json, to_json
 from dreamer4.data.columns import LatentRecord
 from dreamer4.data.episodes import Split
 from dreamer4.data.loader import StoreSource, choice_of
 from dreamer4.data.toy import ToyConfig, ToySource
 from dreamer4.errors import UserError
+from dreamer4.metrics.codes import nmi
 from dreamer4.metrics.pixels import mse_to_psnr
+from dreamer4.metrics.position import locate
 from dreamer4.models.patches import to_float
 from dreamer4.models.tokenizer import reconstruct
+from dreamer4.models.video_tokenizer import reconstruct_video
 from dreamer4.nn.perceptual import Net, Params, available, load_weights, lpips
 from dreamer4.rollout.denoise import check_steps
 from dreamer4.rollout.evaluation import Horizon, Scores, film, pooled_psnr, score
 from dreamer4.rollout.generate import DreamState, Generator
+from dreamer4.rollout.unmask import Unmasker, UnmaskState, schedule_counts
+from dreamer4.runs import TrainedDynamics, TrainedMaskGIT, load_dynamics, load_maskgit, run_kind
 from dreamer4.train.cli import main
 from dreamer4.train.run_folder import write_atomically
 from dreamer4.train.samples import write_gif
@@ -46,20 +52,25 @@ from dreamer4.train.samples import write_gif
 import jax  # (after dreamer4, which says how much XLA prints)
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 SHOWN = 8  # clips in the film
 TIMINGS = 5  # of which the fastest counts: the others were disturbed
 GENIE_STEP = 4  # of delta-PSNR, as Genie reports it
 POSITION_STEP = 8
+HELD = 4  # frames for which one code is held to see where it leads
+
+Trained = TrainedDynamics | TrainedMaskGIT
+Dreamer = Generator | Unmasker
+State = DreamState | UnmaskState
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Evaluate a dynamics run."""
+    """Evaluate a run of dynamics, over latents or over codes."""
 
     run: Path = Path("runs/dynamics")
-    """Run of train_dynamics.py; its best checkpoint is taken."""
+    """Run of train_dynamics.py or train_maskgit.py; its best checkpoint is taken."""
     data: Path | None = None
     """Data set to take clips from; where none is given, what the run was trained on."""
     clips: int = 64
@@ -69,7 +80,9 @@ class Options:
     horizon: int = 16
     """Frames that it adds."""
     k: tuple[int, ...] = ()
-    """Denoising steps a frame; where none are given 1, 2, 4 and the model's k_max."""
+    """Steps a frame; where none are given 1, 2, 4 and the most that the run was trained for."""
+    codes: tuple[int, ...] = ()
+    """Actions to follow, one after another, after each context: ``codes.gif``. Runs with one choice of action only."""
     split: Split = "validation"
     seed: int = 0
     """Of the noise, and of the random actions. The clips are those of the run's own evaluation."""
@@ -90,16 +103,19 @@ def evaluate(options: Options) -> None:
     horizon = Horizon(options.context, options.horizon)
     if not options.run.is_dir():
         raise UserError(f"run: there is no {options.run}; train one with uv run experiments/train_dynamics.py")
-    if report_latent_actions.is_latent_action_run(options.run):
+    kind = run_kind(options.run)
+    if kind == "latent_action":
         asked = report_latent_actions.Options(
             options.run, options.data, options.clips, seed=options.seed, out=options.out
         )
         report_latent_actions.report(asked)
         return
-    trained = load_dynamics(options.run)
-    steps = choose_steps(options.k, trained.model.config.k_max)
-    generator = Generator(trained.tokenizer, trained.model, steps[0])
+    trained = load_maskgit(options.run) if kind == "maskgit" else load_dynamics(options.run)
+    steps = choose_steps(options.k, trained)
+    make = functools.partial(make_dreamer, trained)
     clips = held_out(trained, options, horizon)
+    if options.codes:
+        check_codes(options.codes, trained)
     weights = perceptual_weights(options.perceptual_net, clips)
     out = options.out or options.run / "evaluation"
     if out.exists() and not out.is_dir():
@@ -107,16 +123,20 @@ def evaluate(options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     key, params = jax.random.key(options.seed), jax.device_put(trained.params)
-    states = begin(generator, params, clips, horizon, key)
-    scored, rollout = scorer(generator, horizon, options.batch_size), roller(generator)
+    states = begin(make(steps[0]), params, clips, horizon, key)
+    # K may be traced where it is a number of denoising steps: then one program serves them all.
+    program = functools.partial(jax.jit, static_argnums=0 if isinstance(trained, TrainedMaskGIT) else ())
+    scored, rollout = program(scorer(make, horizon, options.batch_size)), program(roller(make))
     scores: dict[int, Scores] = {}
     dreams: dict[int, Float[np.ndarray, "n h H W C"]] = {}
     rates: dict[int, float] = {}
     for k in steps:
         print(f"dreaming {options.clips} clips with K = {k}", flush=True)
-        scores[k] = jax.device_get(scored(jnp.asarray(k), params, weights, clips, key))
-        dreams[k], rates[k] = play(functools.partial(rollout, jnp.asarray(k), params), states, clips, horizon)
-    film_k = trained.config["k"] if trained.config["k"] in steps else steps[-1]
+        chosen = k if isinstance(trained, TrainedMaskGIT) else jnp.asarray(k)
+        scores[k] = jax.device_get(scored(chosen, params, weights, clips, key))
+        dreams[k], rates[k] = play(functools.partial(rollout, chosen, params), states, clips, horizon)
+    own = trained.sampling.steps if isinstance(trained, TrainedMaskGIT) else trained.config["k"]
+    film_k = own if own in steps else steps[-1]
     settings = {
         "options": to_json(dataclasses.replace(options, k=tuple(steps), out=out)),
         "step": trained.step,
@@ -125,8 +145,13 @@ def evaluate(options: Options) -> None:
     }
     report = settings | tabulate(scores, rates)
     Console().print(table(report))
+    if (control := steer(make(film_k), params, clips, horizon, key)) is not None:
+        report |= {"control": control}
+        print(f"NMI of the code held for {HELD} frames and where the dreamt square goes: {control['nmi']:.2f}")
     truth = to_float(clips.video[:SHOWN])
     write(out, finite(report), np.asarray(film(truth, jnp.asarray(dreams[film_k]))))
+    if options.codes:
+        follow(make(film_k), params, states, options.codes, out / "codes.gif")
 
 
 def write(out: Path, report: dict[str, Any], frames: Float[np.ndarray, "T rows columns C"]) -> None:
@@ -143,14 +168,28 @@ def write(out: Path, report: dict[str, Any], frames: Float[np.ndarray, "T rows c
     print(f"done: {', '.join(names)} in {out}")
 
 
-def choose_steps(asked: Sequence[int], k_max: int) -> list[int]:
-    """Every K that is asked for once, in order, or else those of the table: 1, 2, 4 and ``k_max``."""
-    for k in asked:
-        check_steps(k, k_max)
-    return sorted(set(asked) or {k for k in (1, 2, 4, k_max) if k <= k_max})
+def make_dreamer(trained: Trained, k: int | Array) -> Dreamer:
+    """What dreams in K steps a frame."""
+    if isinstance(trained, TrainedDynamics):
+        return Generator(trained.tokenizer, trained.model, k)
+    sampling = dataclasses.replace(trained.sampling, steps=k)
+    return Unmasker(trained.tokenizer, trained.model, **vars(sampling))
 
 
-def held_out(trained: TrainedDynamics, options: Options, horizon: Horizon) -> Batch:
+def choose_steps(asked: Sequence[int], trained: Trained) -> list[int]:
+    """Every K that is asked for once, in order, or else those of the table: 1, 2, 4 and the most."""
+    if isinstance(trained, TrainedMaskGIT):
+        for k in asked:
+            schedule_counts(trained.sampling.schedule, trained.model.tokens, k)
+        most = trained.sampling.steps
+    else:
+        most = trained.model.config.k_max
+        for k in asked:
+            check_steps(k, most)
+    return sorted(set(asked) or {k for k in (1, 2, 4, most) if k <= most})
+
+
+def held_out(trained: Trained, options: Options, horizon: Horizon) -> Batch:
     """The clips to continue, from the data set asked for or the run's own, which may be its toy world."""
     config, shapes = trained.config, ((1, horizon.end),)
     data = options.data or config["data"]
@@ -197,13 +236,14 @@ def perceptual_weights(net: Net | Literal["off"], clips: Batch) -> Params | None
     return weights
 
 
-def scorer(generator: Generator, horizon: Horizon, group: int) -> Callable[..., Scores]:
-    """One program for every K: ``(K, params, weights, clips, key) -> scores``."""
+def scorer(make: Callable[[int], Dreamer], horizon: Horizon, group: int) -> Callable[..., Scores]:
+    """``(K, params, weights, clips, key) -> scores``, to be jitted."""
 
-    def scored(k: Array, params: PyTree, weights: Params | None, clips: Batch, key: PRNGKeyArray) -> Scores:
+    def scored(k: int, params: PyTree, weights: Params | None, clips: Batch, key: PRNGKeyArray) -> Scores:
+        dreamer = make(k)
         return score(
-            functools.partial(dataclasses.replace(generator, steps=k).dream, params),
-            lambda video: reconstruct(generator.tokenizer, params["tokenizer"], to_float(video)),
+            functools.partial(dreamer.dream, params),
+            functools.partial(paint, dreamer, params),
             clips,
             horizon,
             key,
@@ -211,17 +251,22 @@ def scorer(generator: Generator, horizon: Horizon, group: int) -> Callable[..., 
             group=group,
         )
 
-    return jax.jit(scored)
+    return scored
 
 
-def roller(generator: Generator) -> Callable[..., tuple[DreamState, Array]]:
-    """One program for every K: ``(K, params, state, actions) -> (state, frames)``."""
-    return jax.jit(
-        lambda k, params, state, actions: dataclasses.replace(generator, steps=k).rollout(params, state, actions)
-    )
+def paint(dreamer: Dreamer, params: PyTree, video: UInt8[Array | np.ndarray, "B T H W C"]) -> Float[Array, "B T H W C"]:
+    """Real frames through the tokenizer and back."""
+    if isinstance(dreamer, Generator):
+        return reconstruct(dreamer.tokenizer, params["tokenizer"], to_float(video))
+    return reconstruct_video(dreamer.tokenizer, params["tokenizer"], to_float(video))
 
 
-def begin(generator: Generator, params: PyTree, clips: Batch, horizon: Horizon, key: PRNGKeyArray) -> list[DreamState]:
+def roller(make: Callable[[int], Dreamer]) -> Callable[..., tuple[State, Array]]:
+    """``(K, params, state, actions) -> (state, frames)``, to be jitted."""
+    return lambda k, params, state, actions: make(k).rollout(params, state, actions)
+
+
+def begin(generator: Dreamer, params: PyTree, clips: Batch, horizon: Horizon, key: PRNGKeyArray) -> list[State]:
     """The states after the context of each of the clips to be shown, which are the same for every K."""
     init, context = jax.jit(generator.init), slice(None, horizon.context)
     rows = [slice(i, i + 1) for i in range(min(SHOWN, len(clips.video)))]
@@ -237,8 +282,8 @@ def begin(generator: Generator, params: PyTree, clips: Batch, horizon: Horizon, 
 
 
 def play(
-    rollout: Callable[[DreamState, Actions], tuple[DreamState, Array]],
-    states: list[DreamState],
+    rollout: Callable[[State, Actions], tuple[State, Array]],
+    states: list[State],
     clips: Batch,
     horizon: Horizon,
 ) -> tuple[Float[np.ndarray, "n h H W C"], float]:
@@ -256,6 +301,63 @@ def play(
         dream(0)
         seconds.append(time.perf_counter() - start)
     return frames, horizon.length / min(seconds)
+
+
+def check_codes(codes: Sequence[int], trained: Trained) -> None:
+    """A ``UserError`` unless these are choices of the run's one action."""
+    space = trained.model.actions
+    if len(space) != 1 or space[0].kind != "categorical":
+        raise UserError(
+            f"codes: {list(codes)} found for actions {[c.name for c in space]}, one choice a frame expected"
+        )
+    check_actions(space, {space[0].name: np.asarray(codes)}, "codes")
+
+
+def follow(dreamer: Dreamer, params: PyTree, states: list[State], codes: Sequence[int], path: Path) -> None:
+    """A film of what follows these codes, from each of the states."""
+    (component,) = dreamer.dynamics.actions
+    actions: Actions = {component.name: jnp.asarray(codes, jnp.int32)[None]}
+    run = jax.jit(lambda params, state: dreamer.rollout(params, state, actions)[1][0])
+    frames = jnp.stack([run(params, state) for state in states])
+    frames = jnp.pad(frames, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0)
+    write_gif(path, np.concatenate(np.asarray(frames), axis=2))
+    print(f"{path}: {len(codes)} frames under codes {' '.join(map(str, codes))}")
+
+
+def steer(dreamer: Dreamer, params: PyTree, clips: Batch, horizon: Horizon, key: PRNGKeyArray) -> dict[str, Any] | None:
+    """How far one code leads one way: every clip's context is continued for ``HELD`` frames under each code, and where
+    the square goes from frame to frame is read off the pictures. None but for one latent code and the toy world.
+
+    ``nmi`` is of the codes and the directions (``directions`` counts them by code: stood, up, down, left, right).
+    """
+    space = dreamer.dynamics.actions
+    if len(space) != 1 or not space[0].inferred or not {"side", "color", "background"} <= clips.state.keys():
+        return None
+    (code,) = space
+    start = horizon.context
+    state = {name: jnp.asarray(clips.state[name])[:, start - 1] for name in ("side", "color", "background")}
+
+    def moved(held: Array) -> Int[Array, "B HELD"]:
+        past = jnp.asarray(clips.action[code.name])[:, :start]
+        actions = jnp.concatenate([past, jnp.full((len(past), HELD), held, past.dtype)], axis=1)
+        frames = dreamer.dream(params, jnp.asarray(clips.video[:, :start]), {code.name: actions}, key)
+        frames = jnp.concatenate([paint(dreamer, params, clips.video[:, :start])[:, -1:], frames], axis=1)
+        like = functools.partial(jnp.repeat, repeats=HELD + 1, axis=1)
+        side, color = state["side"][:, :1], state["color"][:, :1]
+        place = locate(frames, like(side), like(color), like(state["background"][:, None]))
+        return direction(jnp.diff(place, axis=1))
+
+    found = np.asarray(jax.jit(lambda codes: jax.lax.map(moved, codes))(jnp.arange(code.size)))
+    table = [np.bincount(row.reshape(-1), minlength=5).tolist() for row in found]
+    codes = np.repeat(np.arange(code.size), found[0].size)
+    return {"nmi": nmi(codes, found.reshape(-1)), "directions": table}
+
+
+def direction(move: Float[Array, "*lead 2"]) -> Int[Array, "*lead"]:
+    """Which way (rows, columns) leads: 0 nowhere (less than a pixel), 1 up, 2 down, 3 left, 4 right."""
+    axis = jnp.argmax(jnp.abs(move), axis=-1)
+    along = jnp.take_along_axis(move, axis[..., None], axis=-1)[..., 0]
+    return jnp.where(jnp.abs(along) < 1, 0, 1 + 2 * axis + (along > 0))
 
 
 def tabulate(scores: Mapping[int, Scores], rates: Mapping[int, float]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 
 The data set then has ``latent/ids`` and ``latent/codes``, a row for each frame, on which
 ``uv run experiments/train_dynamics.py --actions latent --data data/NAME`` trains. What was interrupted goes on where it
-was, what is done is not done again, and episodes that come later are added by running this again.
+was, what is done is not done again, and episodes that come later are added by running this again. A model of gray
+frames sees a data set in colour in gray.
 """
 
 import dataclasses
@@ -11,14 +12,15 @@ import functools
 from pathlib import Path
 
 import tyro
-from train_latent_action import LatentAction, load_latent_action
 
 from dreamer4.config import at_least
 from dreamer4.data.columns import Infer, LatentRecord, extract
 from dreamer4.data.episodes import EpisodeStore
+from dreamer4.data.formats.images import to_gray
 from dreamer4.errors import UserError
 from dreamer4.models.latent_action import LatentActionModel, PairLatentAction, infer
 from dreamer4.models.patches import to_float
+from dreamer4.runs import TrainedLatentAction, load_latent_action
 from dreamer4.train.checkpoint import find
 from dreamer4.train.cli import main, progress_bar
 
@@ -69,13 +71,13 @@ def run(options: Options) -> None:
 
 
 def check_frames(model: LatentActionModel, store: EpisodeStore, where: Path) -> None:
-    """A ``UserError`` unless the data's frames are those that the model was trained on."""
+    """A ``UserError`` unless the data's frames are those that the model was trained on, or these in colour."""
     found, expected = store.index.schema.frame, (model.height, model.width, model.channels)
-    if found != expected:
+    if (*found[:2], min(found[2], model.channels)) != expected:
         raise UserError(f"data: frames of {found} found in {store.path}, {expected} expected, as in {where}")
 
 
-def describe(trained: LatentAction, path: Path) -> LatentRecord:
+def describe(trained: TrainedLatentAction, path: Path) -> LatentRecord:
     """What the column says of its model. A model of pairs may see any frames at a time; one of sequences sees clips as
     long as in training, and of each but an episode's first the second half counts, the first being what it reads to
     know what came before."""
@@ -101,7 +103,7 @@ def make_infer(model: LatentActionModel, params: PyTree) -> Infer:
 
 
 def _infer(model: LatentActionModel, params: PyTree, video: UInt8[Array, "B T H W C"]) -> tuple[Array, Array]:
-    found = infer(model, params, to_float(video))
+    found = infer(model, params, to_float(to_gray(video) if model.channels == 1 else video))
     return found.ids, found.codes
 
 

@@ -34,17 +34,18 @@ from latent_action_scores import (
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from train_latent_action import load_latent_action
 
 from dreamer4.batch import ActionSpace, Batch
 from dreamer4.config import at_least, from_json
 from dreamer4.data.episodes import EpisodeEntry, Split, read_index, split_of
+from dreamer4.data.gray import GraySource
 from dreamer4.data.loader import StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
 from dreamer4.errors import UserError
 from dreamer4.metrics.control import Calibration, calibrate, calibration_json, read_score, score_curve
 from dreamer4.models.latent_action import PairLatentAction, codes_of, infer, predict
 from dreamer4.models.patches import to_float
+from dreamer4.runs import load_latent_action
 from dreamer4.train.checkpoint import find
 from dreamer4.train.cli import main
 from dreamer4.train.run_folder import write_atomically
@@ -97,15 +98,6 @@ class Material:
     notes: list[str]
 
 
-def is_latent_action_run(run: Path) -> bool:
-    """Whether a run's folder is one of train_latent_action.py."""
-    try:
-        config = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError):
-        return False  # whoever reads it next says so
-    return isinstance(config, dict) and "latent_action" in config and "dynamics" not in config
-
-
 def report(options: Options) -> None:
     """Measures, prints, writes."""
     if not options.run.is_dir():
@@ -153,8 +145,7 @@ def find_material(options: Options, config: dict[str, Any], shape: tuple[int, ..
     data, seed = options.data or config["data"], config["train"]["seed"]
     if data is None:
         toy = from_json(ToyConfig, config["toy"], f"{options.run}: toy")
-        source = ToySource(toy, ((1, frames),), seed)
-        check_frames(source.spec, shape, options.run)
+        source: Any = fitting(ToySource(toy, ((1, frames),), seed), shape, options.run)
         splits: dict[str, Batch] = {split: source.clips(split, options.clips, frames) for split in SPLITS}
         labelled = source.clips("calibration", options.labelled_clips, frames)
         return Material(splits, labelled, source.spec.actions, TOY_ACTIONS, "the toy world", [])
@@ -165,8 +156,7 @@ def find_material(options: Options, config: dict[str, Any], shape: tuple[int, ..
     present: list[Split] = [split for split in SPLITS if counts[split] > 1]
     if not present:
         raise UserError(f"data: no two clips of {frames} frames found in a split of {data}, at least 2 expected")
-    source = StoreSource(data, ((1, frames),), seed, present[0])
-    check_frames(source.spec, shape, options.run)
+    source = fitting(StoreSource(data, ((1, frames),), seed, present[0]), shape, options.run)
     splits = {split: source.clips(split, min(options.clips, counts[split]), frames) for split in present}
     labelled = source.clips("train", min(options.labelled_clips, counts["train"]), frames) if counts["train"] else None
     notes = [f"{data} has no {split} clips of {frames} frames" for split in SPLITS if split not in present]
@@ -174,11 +164,13 @@ def find_material(options: Options, config: dict[str, Any], shape: tuple[int, ..
     return Material(splits, labelled, index.schema.actions, names, str(data), notes)
 
 
-def check_frames(spec: Any, shape: tuple[int, ...], run: Path) -> None:
-    """A ``UserError`` unless frames of ``spec`` are those that the model was trained on."""
-    found = (spec.height, spec.width, spec.channels)
-    if found != shape:
+def fitting(source: ToySource | StoreSource, shape: tuple[int, ...], run: Path) -> ToySource | StoreSource | GraySource:
+    """The source as the model of ``run`` sees it: in gray, where its frames are. A ``UserError`` unless frames are
+    otherwise of ``shape``, as those that it was trained on."""
+    found = (source.spec.height, source.spec.width, source.spec.channels)
+    if (*found[:2], min(found[2], shape[2])) != shape:
         raise UserError(f"data: frames of {found} found, {shape} expected, as in {run}")
+    return source if found == shape else GraySource(source)
 
 
 def count_windows(episodes: tuple[EpisodeEntry, ...], split: Split, frames: int) -> int:
@@ -207,6 +199,8 @@ def make_report(
         notes.append(f"no true actions: {material.origin} has none that are known, so nothing is said of them")
     if not any(x["elements"] for x in figures.values()):
         notes.append(f"no true state: {material.origin} does not say where things are, so nothing is said of them")
+    if any("bricks" in clips.state and clips.video.shape[-1] == 1 for clips in material.splits.values()):
+        notes.append("bricks are told by their colours, and the model sees gray, so nothing is said of them")
     ids = np.concatenate([x.ids.reshape(-1, model.tokens) for x in measured.values()])
     shares = np.bincount(ids.reshape(-1), minlength=model.code_count) / ids.size
     points, method = embed(book(model), options.seed)

@@ -7,39 +7,36 @@ was trained on), and in ``samples/`` pictures in which each column is a clip: th
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import train_tokenizer
 import tyro
 
-from dreamer4.batch import ActionComponent, Batch, BatchSpec, space_to_json
-from dreamer4.config import at_least, from_json, to_json
-from dreamer4.data.latents import LatentSource, encode_corpus
+from dreamer4.batch import Batch, BatchSpec, space_to_json
+from dreamer4.config import at_least, to_json
+from dreamer4.data.latents import Encode, LatentSource, encode_corpus
 from dreamer4.data.loader import ActionChoice, StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
 from dreamer4.errors import UserError
 from dreamer4.models.dynamics import Dynamics, DynamicsConfig, dynamics_flops
-from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, init_tokenizer, tokenizer_flops
+from dreamer4.models.tokenizer import Tokenizer, init_tokenizer, tokenizer_flops
+from dreamer4.models.video_tokenizer import VideoTokenizer
 from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_bytes
 from dreamer4.objectives.shortcut_forcing import ForcingConfig, ShortcutForcing
 from dreamer4.rollout.denoise import check_steps
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.rollout.generate import encode
-from dreamer4.train.checkpoint import adopt, find, restore_params
-from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_sinks
-from dreamer4.train.environment import write_environment
-from dreamer4.train.fit import Source, TrainConfig, fit, make_program
+from dreamer4.runs import TrainedTokenizer, load_tokenizer
+from dreamer4.train.checkpoint import adopt, find
+from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
+from dreamer4.train.fit import Source, TrainConfig, make_program
 from dreamer4.train.optimizer import OptimizerConfig
-from dreamer4.train.run_folder import RunFolder
 
 # isort: split
 import jax  # (after dreamer4, which says how much XLA prints)
 import numpy as np
-from jaxtyping import Array, PyTree
 
 MEASURED_CLIPS = 64
 """Clips of which the latents' mean and deviation are taken where none are encoded beforehand."""
@@ -237,65 +234,6 @@ PRESETS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class FrozenTokenizer:
-    """A trained tokenizer: the module, its parameters and what its run was configured with."""
-
-    model: Tokenizer
-    params: PyTree
-    config: dict
-
-    @property
-    def encode(self) -> Callable[[Array | np.ndarray], Array]:
-        """Jitted, from uint8 video to latents."""
-        jitted = jax.jit(functools.partial(encode, self.model))
-        return functools.partial(jitted, jax.device_put(self.params))
-
-
-def load_tokenizer(run: Path) -> FrozenTokenizer:
-    """The best checkpoint of a tokenizer's run."""
-    if not run.is_dir():
-        raise UserError(f"tokenizer: there is no {run}; train one with uv run experiments/train_tokenizer.py")
-    params, config = restore_params(run)
-    if "dynamics" in config:
-        raise UserError(f"{run}: no run of train_tokenizer.py, its configuration is that of a dynamics")
-    for name in ("tokenizer", "frame"):
-        if name not in config:
-            raise UserError(f"{run}: no run of train_tokenizer.py, its configuration has no {name}")
-    model = Tokenizer(from_json(TokenizerConfig, config["tokenizer"], f"{run}: tokenizer"), *config["frame"])
-    expected = jax.eval_shape(functools.partial(init_tokenizer, model), jax.random.key(0))
-    found = jax.tree.map(np.shape, params)
-    if found != jax.tree.map(np.shape, expected):
-        raise UserError(f"{run}: the checkpoint's parameters are not those of the tokenizer in its configuration")
-    return FrozenTokenizer(model, params, config)
-
-
-def find_tokenizer(config: Config) -> Path:
-    """The run of the tokenizer to train on: the one asked for, the copy that this run has, or the preset's, which for
-    toy and debug is trained now where it is missing or unfinished."""
-    copy = config.run.run_dir / "tokenizer"
-    if config.tokenizer is not None:
-        if not config.run.resume and config.tokenizer.resolve() == copy.resolve():
-            raise UserError(f"tokenizer: {copy} is set aside by --no-resume with the run that it lies in; name another")
-        return config.tokenizer
-    if config.run.resume and find(copy):
-        return copy
-    _, preset = train_tokenizer.PRESETS[config.tokenizer_preset]
-    run = preset.run.run_dir
-    newest = find(run)
-    config_path = RunFolder(run).config_path
-    # Of the run's own configuration: who has trained a shorter one on purpose is to get it.
-    steps = json.loads(config_path.read_text())["train"]["steps"] if config_path.exists() else preset.train.steps
-    if newest is None or newest.step < steps:
-        command = f"uv run experiments/train_tokenizer.py {config.tokenizer_preset}"
-        missing = "there is no tokenizer" if newest is None else f"the tokenizer is at step {newest.step}"
-        if config.tokenizer_preset not in ("toy", "debug"):
-            raise UserError(f"{run}: {missing}; train it with {command}, or name another with --tokenizer")
-        print(f"{run}: {missing}; training it first, as {command} does", flush=True)
-        train_tokenizer.train(preset)
-    return run
-
-
 def make_source(config: Config) -> ToySource | StoreSource:
     """The data set of ``config`` with the actions asked for, or the toy world."""
     if config.actions != "real":
@@ -314,7 +252,7 @@ def open_with_latents(config: Config) -> StoreSource:
     return StoreSource(config.data, shapes, seed, label_fraction=config.label_fraction, actions=config.actions)
 
 
-def check_frames(tokenizer: Tokenizer, spec: BatchSpec, where: Path) -> None:
+def check_frames(tokenizer: Tokenizer | VideoTokenizer, spec: BatchSpec, where: Path) -> None:
     """A ``UserError`` unless the data's frames are those that the tokenizer was trained on."""
     found, expected = ((x.height, x.width, x.channels) for x in (spec, tokenizer))
     if found != expected:
@@ -344,49 +282,31 @@ def measure(config: Config, corpus: Batch) -> DynamicsConfig:
     )
 
 
-def encode_data(config: Config, source: ToySource | StoreSource, tokenizer: FrozenTokenizer) -> tuple[Config, Source]:
+def make_encode(tokenizer: TrainedTokenizer) -> Encode:
+    """Jitted, from uint8 video to latents."""
+    jitted = jax.jit(functools.partial(encode, tokenizer.model))
+    return functools.partial(jitted, jax.device_put(tokenizer.params))
+
+
+def encode_data(config: Config, source: ToySource | StoreSource, tokenizer: TrainedTokenizer) -> tuple[Config, Source]:
     """The configuration with the latents as measured, and where batches come from: the corpus, encoded now, or the
     data as it is."""
     if not config.corpus and config.latent_deviation is None:
         return config, source
     longest = max(time for _, time in config.train.shapes)
-    corpus = encode_corpus(source, tokenizer.encode, config.corpus or MEASURED_CLIPS, longest)
+    corpus = encode_corpus(source, make_encode(tokenizer), config.corpus or MEASURED_CLIPS, longest)
     config = dataclasses.replace(config, dynamics=measure(config, corpus))
     if not config.corpus:
         return config, source
     return config, LatentSource(source, corpus, config.train.shapes, config.train.seed)
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedDynamics:
-    """A dynamics run, ready to dream: ``params`` is what ``Generator`` takes."""
-
-    model: Dynamics
-    tokenizer: Tokenizer
-    params: dict[str, PyTree]
-    config: dict
-    step: int
-
-
-def load_dynamics(run: Path) -> TrainedDynamics:
-    """The best checkpoint of a dynamics run, with the copy of its tokenizer."""
-    params, config = restore_params(run, parts=("ema", "params"))
-    if "dynamics" not in config:
-        raise UserError(f"{run}: no run of train_dynamics.py, its configuration has no dynamics")
-    tokenizer = load_tokenizer(run / "tokenizer")
-    dynamics = from_json(DynamicsConfig, config["dynamics"], f"{run}: dynamics")
-    actions = tuple(from_json(ActionComponent, a, f"{run}: actions") for a in config["actions"])
-    model = Dynamics(dynamics, actions, tokenizer.model.config.latents, tokenizer.model.config.bottleneck)
-    chosen = find(run, "best")
-    both = {"tokenizer": tokenizer.params, "dynamics": params}
-    return TrainedDynamics(model, tokenizer.model, both, config, chosen.step if chosen else 0)
-
-
 def untrained_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of the configuration's tokenizer preset, for the frames that this is trained on."""
     _, preset = train_tokenizer.PRESETS[config.tokenizer_preset]
     preset = dataclasses.replace(preset, data=config.data)
-    return train_tokenizer.make_objective(preset, train_tokenizer.make_source(preset).spec)[0].model
+    model = train_tokenizer.make_objective(preset, train_tokenizer.make_source(preset).spec)[0].model
+    return cast(Tokenizer, model)  # no preset that may be named here has codes
 
 
 def dry_run(config: Config) -> None:
@@ -421,7 +341,13 @@ def train(config: Config) -> None:
         dry_run(config)
         return
     source = make_source(config)
-    run_of_tokenizer = find_tokenizer(config)
+    run_of_tokenizer = train_tokenizer.find_run(
+        config.tokenizer,
+        config.tokenizer_preset,
+        config.run.run_dir / "tokenizer",
+        ("toy", "debug"),
+        config.run.resume,
+    )
     tokenizer = load_tokenizer(run_of_tokenizer)
     check_frames(tokenizer.model, source.spec, run_of_tokenizer)
     make_objective(config, tokenizer.model, source.spec)  # what does not fit should say so before the encoding
@@ -433,22 +359,17 @@ def train(config: Config) -> None:
     resolved |= {"actions": space_to_json(source.spec.actions), "frame": tokenizer.config["frame"]}
     if isinstance(source, StoreSource) and source.latents:
         resolved |= {"latent_actions": to_json(source.latents.record)}
-    with open_run(config.run, resolved) as run:
-        if run_of_tokenizer.resolve() != (run.path / "tokenizer").resolve():
-            adopt(run_of_tokenizer, run.path / "tokenizer")
-        write_environment(run.path)
-        sinks = functools.partial(open_sinks, config.run, resolved)
-        fit(
-            objective,
-            feed,
-            config.train,
-            config.optimizer,
-            run,
-            resolved,
-            frozen=tokenizer.params,
-            open_sinks=sinks,
-        )
-        print(f"done: pictures in {run.samples}, metrics in {run.metrics_path}")
+    copy = config.run.run_dir / "tokenizer"
+    train_in(
+        config.run,
+        resolved,
+        objective,
+        feed,
+        config.train,
+        config.optimizer,
+        frozen=tokenizer.params,
+        prepare=lambda: adopt(run_of_tokenizer, copy) if run_of_tokenizer.resolve() != copy.resolve() else None,
+    )
 
 
 if __name__ == "__main__":

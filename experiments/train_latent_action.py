@@ -6,7 +6,6 @@ that from another clip's codes, and the difference of the first prediction.
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -14,29 +13,19 @@ import tyro
 from train_tokenizer import PerceptualConfig, load_perceptual, open_data
 
 from dreamer4.batch import BatchSpec
-from dreamer4.config import from_json, to_json
+from dreamer4.config import to_json
+from dreamer4.data.gray import GraySource
 from dreamer4.data.loader import StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
 from dreamer4.errors import UserError
-from dreamer4.models.latent_action import (
-    LatentActionConfig,
-    LatentActionModel,
-    PairConfig,
-    init_latent_action,
-)
-from dreamer4.nn.quantizers import VQConfig
-from dreamer4.nn.transformer import parameter_count, tree_bytes
+from dreamer4.models.latent_action import LatentActionConfig, PairConfig
+from dreamer4.models.sequence_latent_action import SequenceConfig
+from dreamer4.nn.quantizers import FSQConfig, VQConfig
+from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_bytes
 from dreamer4.objectives.latent_action import LatentActionLearning, LatentActionWeights
-from dreamer4.train.checkpoint import find, restore_params
-from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_sinks
-from dreamer4.train.environment import write_environment
-from dreamer4.train.fit import Source, TrainConfig, fit, make_program
+from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
+from dreamer4.train.fit import Source, TrainConfig, make_program
 from dreamer4.train.optimizer import OptimizerConfig
-
-# isort: split
-import jax  # (after dreamer4, which says how much XLA prints)
-import numpy as np
-from jaxtyping import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +36,8 @@ class Config:
     data: Path | None = None
     """Data set to train on; without one, the toy world."""
     toy: ToyConfig = ToyConfig()
+    gray: bool = False
+    """Frames in one channel, whatever the data have: a smaller task, and nothing that only colour tells."""
     latent_action: LatentActionConfig = LatentActionConfig()
     weights: LatentActionWeights = LatentActionWeights()
     perceptual: PerceptualConfig = PerceptualConfig()
@@ -117,16 +108,84 @@ BREAKOUT = Config(
 """``uv run experiments/train_latent_action.py breakout --data data/breakout``: 32 pairs of 210 x 160 frames a step, as
 the model's authors have it; 100,000 steps are for accelerators."""
 
+TINYWORLDS = dataclasses.replace(
+    TOY,
+    run=RunOptions(Path("runs/latent_action_tinyworlds")),
+    latent_action=LatentActionConfig(
+        model="sequence",
+        quantizer="fsq",
+        sequence=SequenceConfig(
+            patch=8,
+            code_width=2,
+            pool="mean",
+            window="pair",
+            odd=True,
+            masked=0.0,
+            start="structured",
+            transformer=TransformerConfig(
+                d_model=64, depth=4, heads=4, mlp_ratio=2.7, time_every=2, context=8, qk_gain=4.0, soft_cap=None
+            ),
+        ),
+        fsq=FSQConfig((2, 2), rounding="symmetric"),
+    ),
+    weights=LatentActionWeights(),
+)
+
+TINYWORLDS_PONG = dataclasses.replace(
+    TINYWORLDS,
+    run=RunOptions(Path("runs/latent_action_tinyworlds_pong")),
+    data=Path("data/pong"),
+    latent_action=dataclasses.replace(
+        TINYWORLDS.latent_action,
+        sequence=dataclasses.replace(
+            TINYWORLDS.latent_action.sequence,
+            patch=10,
+            code_width=3,
+            transformer=TransformerConfig(
+                d_model=128, depth=4, heads=4, mlp_ratio=2.7, time_every=2, context=8, soft_cap=None, remat=True
+            ),
+        ),
+        fsq=FSQConfig((2, 2, 2), rounding="symmetric"),
+    ),
+    weights=LatentActionWeights(changed=1.0, reach=2),
+    train=dataclasses.replace(TINYWORLDS.train, steps=20_000, batch_size=8, log_every=10, eval_every=100),
+)
+"""``uv run experiments/train_latent_action.py tinyworlds-pong``: one of eight codes. Checked by its shapes
+(``--dry-run``); it has not been trained here."""
+
+TINYWORLDS_DEBUG = dataclasses.replace(
+    DEBUG,
+    run=RunOptions(Path("runs/latent_action_tinyworlds_debug")),
+    latent_action=LatentActionConfig(
+        model="sequence",
+        quantizer="fsq",
+        sequence=SequenceConfig(
+            patch=8,
+            code_width=2,
+            pool="mean",
+            window="pair",
+            odd=True,
+            transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2, context=4),
+        ),
+        fsq=FSQConfig((2, 2), rounding="symmetric"),
+    ),
+)
+"""``uv run experiments/train_latent_action.py tinyworlds-debug``: as small as ``debug``, with the model of clips."""
+
 PRESETS = {
     "toy": ("bouncing squares, minutes on two cores (default)", TOY),
     "debug": ("the smallest thing that trains, seconds", DEBUG),
+    "tinyworlds": ("one of four codes of clips, for train_tinyworlds.py", TINYWORLDS),
+    "tinyworlds-pong": ("one of eight codes of Atari clips of 210x160 from --data", TINYWORLDS_PONG),
+    "tinyworlds-debug": ("the smallest model of clips that trains", TINYWORLDS_DEBUG),
     "breakout": ("Atari frames of 210x160 from --data, 35 codes of 256 a transition", BREAKOUT),
 }
 
 
-def make_source(config: Config) -> ToySource | StoreSource:
+def make_source(config: Config) -> ToySource | StoreSource | GraySource:
     """The data set of ``config``, or the toy world."""
-    return open_data(config.data, config.toy, config.train)
+    source = open_data(config.data, config.toy, config.train)
+    return GraySource(source) if config.gray else source
 
 
 def make_objective(config: Config, spec: BatchSpec) -> tuple[LatentActionLearning, dict | None]:
@@ -146,32 +205,6 @@ def make_objective(config: Config, spec: BatchSpec) -> tuple[LatentActionLearnin
         raise UserError(f"train.eval_length: {config.train.eval_length} found, 2 or more expected")
     distance, weights = load_perceptual(config.perceptual, "float32")
     return LatentActionLearning(model, config.weights, config.train.steps, distance), weights
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentAction:
-    """A trained latent action model: the module, its parameters, its run's configuration, and the step they are of."""
-
-    model: LatentActionModel
-    params: PyTree
-    config: dict
-    step: int
-
-
-def load_latent_action(run: Path) -> LatentAction:
-    """The best checkpoint of a latent action run. Raises UserError where there is none."""
-    if not run.is_dir():
-        raise UserError(f"run: there is no {run}; train one with uv run experiments/train_latent_action.py")
-    params, config = restore_params(run, parts=("ema", "params"))
-    if "latent_action" not in config:
-        raise UserError(f"{run}: no run of train_latent_action.py, its configuration has no latent_action")
-    chosen = from_json(LatentActionConfig, config["latent_action"], f"{run}: latent_action")
-    model = chosen.build(*config["frame"])
-    expected = jax.eval_shape(lambda key: init_latent_action(model, key)[0], jax.random.key(0))
-    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
-        raise UserError(f"{run}: the checkpoint's parameters are not those of the model in its configuration")
-    best = find(run, "best")
-    return LatentAction(model, params, config, best.step if best else 0)
 
 
 def dry_run(objective: LatentActionLearning, source: Source, config: Config) -> None:
@@ -195,21 +228,7 @@ def train(config: Config) -> None:
     if objective.perceptual is None:  # it may be off for want of weights, which a resumed run must agree on
         resolved["perceptual"]["net"] = "off"
     resolved["frame"] = [source.spec.height, source.spec.width, source.spec.channels]
-    with open_run(config.run, resolved) as run:
-        write_environment(run.path)
-        sinks = functools.partial(open_sinks, config.run, resolved)
-        fit(
-            objective,
-            source,
-            config.train,
-            config.optimizer,
-            run,
-            resolved,
-            frozen=weights,
-            best="-eval/mse",
-            open_sinks=sinks,
-        )
-        print(f"done: pictures in {run.samples}, metrics in {run.metrics_path}")
+    train_in(config.run, resolved, objective, source, config.train, config.optimizer, frozen=weights, best="-eval/mse")
 
 
 if __name__ == "__main__":

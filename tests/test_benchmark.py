@@ -18,9 +18,16 @@ def benchmark(folder, *arguments):
     return ended.stdout, json.loads((folder / "figures.json").read_text())
 
 
-@pytest.mark.parametrize(("model", "shapes"), [("tokenizer", 1), pytest.param("dynamics", 2, marks=pytest.mark.slow)])
-def test_the_benchmark_reports_one_compilation_for_each_shape_of_batch(tmp_path, model, shapes):
-    printed, figures = benchmark(tmp_path, model, "--preset", "debug", "--steps", "2", "--rounds", "1")
+@pytest.mark.parametrize(
+    ("model", "preset", "shapes"),
+    [
+        ("tokenizer", "debug", 1),
+        pytest.param("video_tokenizer", "tinyworlds-debug", 1, marks=pytest.mark.slow),
+        pytest.param("dynamics", "debug", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_the_benchmark_reports_one_compilation_for_each_shape_of_batch(tmp_path, model, preset, shapes):
+    printed, figures = benchmark(tmp_path, model, "--preset", preset, "--steps", "2", "--rounds", "1")
     assert figures["compilations"] == shapes
     assert 0 <= figures["data_wait"] < 1
     for name in ("frames_per_s", "matmul_share", "first_step_s"):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import importlib
 import json
@@ -11,6 +12,7 @@ import tyro
 
 from dreamer4.data.columns import read_latents
 from dreamer4.data.episodes import EpisodeStore
+from dreamer4.data.formats.images import to_gray
 from dreamer4.errors import UserError
 from dreamer4.models.latent_action import PairConfig, PairLatentAction, infer, init_latent_action
 from dreamer4.models.patches import to_float
@@ -30,23 +32,36 @@ def script():
         yield importlib.import_module("extract_latent_actions")
 
 
-@pytest.fixture(scope="module")
-def params():
-    shapes = jax.eval_shape(lambda: init_latent_action(MODEL, jax.random.key(0))[0])
+def draw_params(model):
+    shapes = jax.eval_shape(lambda: init_latent_action(model, jax.random.key(0))[0])
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(x.dtype), shapes)
 
 
+@pytest.fixture(scope="module")
+def params():
+    return draw_params(MODEL)
+
+
 @pytest.fixture
-def extract(script, params, tmp_path, monkeypatch):
-    """The experiment as a function of its arguments, on a run of noise."""
-    config = {"train": {"clip_length": 8}}
-    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        checkpoints.save(5, {"params": params}, {}, config)
-    trained = SimpleNamespace(model=MODEL, params=params, config=config, step=5)
-    monkeypatch.setattr(script, "load_latent_action", lambda run: trained)
-    model = ("--model", str(tmp_path / "run"))
-    return lambda *arguments: script.run(tyro.cli(script.Options, args=[*model, *map(str, arguments)]))
+def make_extract(script, tmp_path, monkeypatch):
+    """The experiment as a function of its arguments, on a run of a model and of noise."""
+
+    def make(model, params):
+        config = {"train": {"clip_length": 8}}
+        with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+            checkpoints.save(5, {"params": params}, {}, config)
+        trained = SimpleNamespace(model=model, params=params, config=config, step=5)
+        monkeypatch.setattr(script, "load_latent_action", lambda run: trained)
+        run = ("--model", str(tmp_path / "run"))
+        return lambda *arguments: script.run(tyro.cli(script.Options, args=[*run, *map(str, arguments)]))
+
+    return make
+
+
+@pytest.fixture
+def extract(make_extract, params):
+    return make_extract(MODEL, params)
 
 
 @pytest.fixture
@@ -75,6 +90,27 @@ def test_a_data_set_has_the_ids_of_the_model_on_the_fly(extract, params, data, t
     record = json.loads((data / "latent" / "record.json").read_text())
     assert (record["run"], record["step"], record["digest"]) == ("run", 5, find(tmp_path / "run", "best").digest)
     assert (record["choices"], record["tokens"], record["width"]) == (16, 2, 3)
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_a_gray_model_sees_data_in_gray(make_extract, tmp_path, channels):
+    model = dataclasses.replace(MODEL, channels=1)
+    params = draw_params(model)
+    data = write_store(tmp_path / "store", {"e0": 9}, (8, 12), channels=channels, noise=True)
+    make_extract(model, params)("--data", data)
+    store = EpisodeStore(data)
+    video = to_gray(store.read([0], 9).video)
+    assert video.shape[-1] == 1
+    latents = read_latents(store)
+    assert len(np.unique(latents.ids)) > 2
+    found = jax.jit(functools.partial(infer, model))(params, to_float(video))
+    np.testing.assert_array_equal(latents.ids[1:], found.ids[0])
+
+
+def test_a_model_in_colour_has_no_use_for_gray_frames(extract, tmp_path):
+    data = write_store(tmp_path / "gray", {"e0": 3}, (8, 12), channels=1)
+    with pytest.raises(UserError, match=r"frames of \(8, 12, 1\) found in .*, \(8, 12, 3\) expected"):
+        extract("--data", data)
 
 
 def test_what_is_there_is_not_made_again(extract, data, capsys):

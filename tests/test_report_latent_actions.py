@@ -4,7 +4,6 @@ import html.parser
 import importlib
 import io
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,9 @@ import pytest
 import tyro
 from rich.console import Console
 
+from dreamer4.data.episodes import Column, Episode, Schema
 from dreamer4.data.toy import MOVES
+from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 from dreamer4.metrics.control import read_calibration
 from dreamer4.train.checkpoint import Identity
@@ -29,14 +30,11 @@ EPISODES = dict(zip([*ids_of("train", 3), *ids_of("validation")], [6, 7, 5, 9], 
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The experiments, with a stand-in for the one that trains and loads models."""
+    """The experiments, which import each other as scripts do."""
     names = ("latent_action_scores", "latent_action_page", "report_latent_actions")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
-        patch.setitem(sys.modules, "train_latent_action", SimpleNamespace(load_latent_action=None))
-        patch.delitem(sys.modules, "report_latent_actions", raising=False)
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-        sys.modules.pop("report_latent_actions", None)
 
 
 def moved(frames):
@@ -60,10 +58,10 @@ def predict(model, params, video, codes):
 def make_report(scripts, tmp_path_factory):
     """The experiment as a function of its arguments, on a run that knows the toy world."""
 
-    def make(*arguments, tokens=1, data=None, run=None):
+    def make(*arguments, tokens=1, channels=3, data=None, run=None):
         run = run or tmp_path_factory.mktemp("runs") / "run"
         run.mkdir(exist_ok=True)
-        model = SimpleNamespace(tokens=tokens, code_count=5, height=16, width=16, channels=3)
+        model = SimpleNamespace(tokens=tokens, code_count=5, height=16, width=16, channels=channels)
         toy = {"height": 16, "width": 16, "min_side": 4, "max_side": 6}
         config = {"data": data and str(data), "toy": toy, "train": {"seed": 0, "clip_length": 4}}
         params = {"book": np.asarray(MOVES, np.float32)}
@@ -199,6 +197,18 @@ def test_several_codes_of_a_transition_are_told_together_and_one_by_one(make_rep
     assert "1. · " in words  # of so many codes the rank alone is told
 
 
+def test_a_gray_model_is_shown_the_toy_world_in_gray(make_report, toy):
+    found = make_report(channels=1)
+    for picture in found.page.pictures[:6]:  # frame, prediction and next frame; the heat map keeps its colours
+        assert not np.any(np.ptp(picture[:, : 3 * 18].astype(int), axis=-1))
+    for split, figures in found.figures["splits"].items():
+        assert figures["over_copy"] == pytest.approx(20, abs=0.1)
+        assert figures["elements"]["square"]["drop"] > 3
+        assert figures["psnr"] != toy.figures["splits"][split]["psnr"]
+        assert figures["actions"] == toy.figures["splits"][split]["actions"]
+    assert found.figures["notes"] == []
+
+
 # ----- data sets -----
 
 
@@ -235,6 +245,20 @@ def test_fewer_windows_than_asked_for_are_all_taken(make_report, data):
     assert "&lt;b&gt;" in found.text
 
 
+def test_with_a_gray_model_bricks_are_not_spoken_of_and_that_is_said(make_report, data):
+    path = data / "bricks"
+    schema = Schema((16, 16, 3), (), state={"bricks": Column((6, 18), np.dtype(bool))})
+    with EpisodeWriter(path, schema, {"made": "by a test"}) as writer:
+        for name, length in EPISODES.items():
+            video = np.random.default_rng(length).integers(0, 256, (length, 16, 16, 3), np.uint8)
+            no, first = np.zeros(length, np.float32), np.arange(length) == 0
+            writer.add(name, Episode(video, {}, no, first, no > 0, {"bricks": np.ones((length, 6, 18), bool)}))
+    found = make_report("--data", path, channels=1)
+    assert any("bricks are told by their colours" in note for note in found.figures["notes"])
+    assert all(split["bricks"] is None for split in found.figures["splits"].values())
+    assert "Bricks are told by their colours" in " ".join(found.page.words)
+
+
 # ----- bad input -----
 
 
@@ -242,6 +266,7 @@ def test_fewer_windows_than_asked_for_are_all_taken(make_report, data):
     ("options", "sentence"),
     [
         ({"size": (24, 16)}, "data: frames of (24, 16, 3) found, (16, 16, 3) expected, as in {run}"),
+        ({"channels": 1}, "data: frames of (16, 16, 1) found, (16, 16, 3) expected, as in {run}"),
         (
             {"lengths": dict.fromkeys(EPISODES, 3)},
             "data: no two clips of 4 frames found in a split of {data}",
@@ -273,22 +298,6 @@ def test_results_go_to_a_folder(make_report, tmp_path):
     with pytest.raises(UserError, match="is a file, a folder expected"):
         make_report("--out", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ('{"latent_action": {}}', True),
-        ('{"latent_action": {}, "dynamics": {}}', False),
-        ('{"dynamics": {}}', False),
-        ("{", False),
-        (None, False),
-    ],
-)
-def test_a_run_tells_by_its_configuration_whether_it_is_one_of_latent_actions(scripts, tmp_path, config, expected):
-    if config:
-        (tmp_path / "config.json").write_text(config)
-    assert scripts.report_latent_actions.is_latent_action_run(tmp_path) is expected
 
 
 # ----- parts -----

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dreamer4.errors import UserError
 from dreamer4.models.latent_action import infer
 from dreamer4.models.patches import to_float
+from dreamer4.runs import load_latent_action
+from dreamer4.train import cli
 from dreamer4.train.checkpoint import Checkpoints
 from dreamer4.train.cli import choose_preset
 from dreamer4.train.logging import WALL_CLOCK
@@ -54,8 +57,11 @@ def metrics(run):
 def test_a_run_ends_well(finished, script):
     assert metrics(finished)[-1]["step"] == 20
     assert {"eval/psnr", "eval/gain", "eval/over_copy", "eval/codes_used"} <= metrics(finished)[-1].keys()
+    usage = metrics(finished)[-1]["eval/code_usage"]
+    assert len(usage) == 4
+    assert sum(usage) == pytest.approx(1, abs=1e-5)
     assert (finished / "samples" / "final.gif").exists()
-    trained = script.load_latent_action(finished)
+    trained = load_latent_action(finished)
     clips = script.make_source(script.DEBUG).clips("validation", 2, 3)
     ids = infer(trained.model, trained.params, to_float(clips.video)).ids
     assert ids.shape == (2, 2, 1)
@@ -78,6 +84,29 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(train, finished, tmp_path
             train("debug", "--run-dir", run)
     train("debug", "--run-dir", run)
     assert metrics(run) == metrics(finished)
+
+
+def test_frames_in_colour_train_a_gray_model(train, script, tmp_path, monkeypatch):
+    seen = []
+
+    def look(objective, source, config, optimizer, run, resolved, **_):
+        seen.append((resolved["gray"], resolved["frame"], objective.model.channels))
+        clips, sent = source.clips("validation", 2, 3), next(source.batches(0))
+        params, carry = jax.eval_shape(objective.init, jax.random.key(0))
+
+        def step(params, carry, key):
+            batch = source.make(sent, key, source.shapes[0])
+            loss = objective.loss(params, carry, None, batch, key, jnp.int32(0))
+            return loss, objective.pictures(params, None, clips, key)
+
+        _, pictures = jax.eval_shape(step, params, carry, jax.random.key(0))
+        assert pictures.shape == (2, 5 * 18, 2 * 18, 1)
+
+    monkeypatch.setattr(cli, "fit", look)
+    train("debug", "--gray", "--run-dir", tmp_path / "run")
+    assert seen == [(True, [16, 16, 1], 1)]
+    with pytest.raises(UserError, match="gray: True there, False asked for"):
+        train("debug", "--run-dir", tmp_path / "run")
 
 
 def test_the_papers_sizes_are_what_the_preset_has(train, tmp_path, capsys):
@@ -107,8 +136,8 @@ def test_what_cannot_be_is_one_sentence(train, tmp_path, arguments, sentence):
 
 def test_another_run_is_no_latent_action_run(script, finished, tmp_path):
     with pytest.raises(UserError, match=r"there is no .*; train one with uv run experiments/train_latent_action"):
-        script.load_latent_action(tmp_path / "nothing")
+        load_latent_action(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no sound checkpoint|no checkpoint"):
-        script.load_latent_action(tmp_path / "empty")
-    assert np.all([np.isfinite(x).all() for x in jax.tree.leaves(script.load_latent_action(finished).params)])
+        load_latent_action(tmp_path / "empty")
+    assert np.all([np.isfinite(x).all() for x in jax.tree.leaves(load_latent_action(finished).params)])

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from dreamer4.errors import UserError
+from dreamer4.models.patches import to_float
+from dreamer4.models.video_tokenizer import encode_video
 from dreamer4.train.checkpoint import restore_params
 from dreamer4.train.cli import choose_preset
 from dreamer4.train.logging import WALL_CLOCK
@@ -138,7 +140,7 @@ def test_an_interrupted_run_writes_the_same_metrics(runs):
     )
     for line in whole + broken:
         for name in WALL_CLOCK:
-            line.pop(name)
+            line.pop(name, None)
     assert [line["step"] for line in whole] == list(range(10, STEPS + 1, 10))
     assert whole == broken
     assert whole[-1]["train/mse"] < whole[0]["train/mse"]
@@ -174,6 +176,65 @@ def test_a_folder_of_another_configuration_is_left_alone(runs, train):
     assert (runs.whole / "config.json").read_bytes() == before
 
 
+# ----- codes -----
+
+
+@pytest.fixture(scope="module")
+def codes(train, tmp_path_factory):
+    """A run of the preset tinyworlds-debug from beginning to end."""
+    run = tmp_path_factory.mktemp("codes") / "run"
+    train("tinyworlds-debug", "--run-dir", run)
+    return run
+
+
+def test_a_run_of_codes_ends_well(codes):
+    last = json.loads((codes / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 20
+    assert last["train/masked"] == 0
+    for name in ("eval/psnr", "eval/ssim", "eval/mse", "train/mse"):
+        assert name in last
+    for split in ("train", "eval"):
+        assert 0 < last[f"{split}/codes_used"] <= 1
+        assert 1 <= last[f"{split}/perplexity"] <= 16
+    picture = imageio.imread(codes / "samples" / "step_20.png")
+    assert picture.shape[0] * 4 == picture.shape[1] * 3  # four clips beside each other, three views below each other
+
+
+def test_a_run_of_codes_is_read_back(codes, script):
+    found = script.load_video_tokenizer(codes)
+    assert found.step == 20
+    assert (found.model.tokens, found.model.code_count) == (4, 16)
+    video = script.make_source(script.TINYWORLDS_DEBUG).clips("validation", 2, 3).video
+    quantized, _ = encode_video(found.model, found.params, to_float(video))
+    assert quantized.ids.shape == (2, 3, 4)
+
+
+def test_a_run_of_codes_tells_the_sizes_of_codes_alone(codes, runs):
+    config, latents = (json.loads((run / "config.json").read_text()) for run in (codes, runs.whole))
+    assert config["model"] == "codes"
+    assert config["video_tokenizer"]["fsq"] == {"levels": [4, 4], "rounding": "symmetric"}
+    assert "tokenizer" not in config
+    # Runs of latents from before there were codes must go on.
+    assert not {"model", "video_tokenizer"} & latents.keys()
+    assert "tokenizer" in latents
+
+
+def test_a_run_of_codes_is_no_tokenizer_for_the_dynamics_of_latents(codes, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    dynamics = importlib.import_module("train_dynamics")
+    with pytest.raises(
+        UserError, match=f"^{codes}: a tokenizer of codes found, one of latents expected.*toy trains it$"
+    ):
+        dynamics.load_tokenizer(codes)
+
+
+def test_a_run_of_latents_is_no_tokenizer_of_codes(runs, script, tmp_path):
+    with pytest.raises(UserError, match="a tokenizer of latents found, one of codes expected"):
+        script.load_video_tokenizer(runs.whole)
+    with pytest.raises(UserError, match=r"there is no .*nothing; train one with .*train_tokenizer\.py tinyworlds"):
+        script.load_video_tokenizer(tmp_path / "nothing")
+
+
 # ----- what cannot be -----
 
 
@@ -187,6 +248,9 @@ def test_a_folder_of_another_configuration_is_left_alone(runs, train):
         (["debug", "--train.accumulate", "3"], r"train\.accumulate: 3 must divide the batch of 4 clips"),
         (["debug", "--optimizer.learning-rate", "0"], r"learning_rate: 0\.0 found"),
         (["debug", "--masking.ceiling", "1"], r"masking\.ceiling: 1\.0 found"),
+        (["tinyworlds-debug", "--video-tokenizer.patch", "0"], r"patch: 0 found"),
+        (["tinyworlds-debug", "--video-tokenizer.fsq.levels", "4", "1"], r"levels: \(4, 1\) found"),
+        (["tinyworlds-debug", "--video-tokenizer.transformer.experts", "2"], "experts: 2 found, 1 expected"),
         (["debug", "--perceptual.net", "alex", "--perceptual.weights", "nothing.npz"], "nothing.npz"),
         (["atari"], r"there is no data/breakout; record one with .*record\.py atari --game Breakout .*data/breakout"),
         (["debug", "--data", "data/pong"], "there is no data/pong; record one"),
@@ -260,7 +324,15 @@ def test_a_run_folder_that_cannot_be_written_is_told(train, tmp_path):
 
 @pytest.mark.parametrize(
     ("preset", "low", "high"),
-    [("debug", 0, 0.1), ("toy", 0.4, 0.6), ("reference", 1.0, 1.2), ("atari", 1, 10), ("paper", 380, 420)],
+    [
+        ("debug", 0, 0.1),
+        ("toy", 0.4, 0.6),
+        ("reference", 1.0, 1.2),
+        ("atari", 1, 10),
+        ("paper", 380, 420),
+        ("tinyworlds", 0.1, 1),
+        ("tinyworlds-reference", 0.2, 0.4),
+    ],
 )
 def test_a_dry_run_tells_what_a_run_would_take(train, tmp_path, monkeypatch, capsys, preset, low, high):
     monkeypatch.chdir(tmp_path)
@@ -277,4 +349,5 @@ def test_a_dry_run_tells_what_a_run_would_take(train, tmp_path, monkeypatch, cap
     assert low < millions < high
     assert mebibytes == pytest.approx(3 * 4 * millions * 1e6 / 2**20, rel=0.35, abs=0.2)  # fp32, moments of Adam
     assert re.search(r"^FLOPs +[\d.,]+ G per step of \d+ x \d+ frames$", out, re.MULTILINE)
+    assert ("tinyworlds" in preset) == bool(re.search(r"^codes +\d+ of [\d,]+ a frame$", out, re.MULTILINE))
     assert not (tmp_path / "runs").exists()

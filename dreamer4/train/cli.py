@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +12,17 @@ from typing import Any, TypeVar
 
 import jax
 import tyro
+from jaxtyping import PyTree
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dreamer4.errors import UserError
-from dreamer4.train.environment import prepare_process
-from dreamer4.train.fit import Stopped
+from dreamer4.train.environment import prepare_process, write_environment
+from dreamer4.train.fit import Source, Stopped, TrainConfig, fit
 from dreamer4.train.logging import Sink, TensorBoard, WandB
+from dreamer4.train.optimizer import OptimizerConfig
 from dreamer4.train.run_folder import RunFolder, set_aside
+from dreamer4.train.state import Objective
 
 Config = TypeVar("Config")
 DEFAULT_PRESET = "toy"
@@ -71,6 +75,28 @@ def open_sinks(options: RunOptions, resolved: dict[str, Any], start: int) -> lis
     if options.wandb:
         sinks.append(WandB(options.run_dir, resolved))
     return sinks
+
+
+def train_in(
+    options: RunOptions,
+    resolved: dict[str, Any],
+    objective: Objective,
+    source: Source,
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    *,
+    frozen: PyTree = None,
+    best: str = "eval/psnr",
+    prepare: Callable[[], Any] = lambda: None,
+) -> None:
+    """``fit`` in the folder of the run, from its configuration to its final pictures; ``prepare`` fills the folder
+    before."""
+    with open_run(options, resolved) as run:
+        prepare()
+        write_environment(run.path)
+        sinks = functools.partial(open_sinks, options, resolved)
+        fit(objective, source, train, optimizer, run, resolved, frozen=frozen, best=best, open_sinks=sinks)
+        print(f"done: pictures in {run.samples}, metrics in {run.metrics_path}")
 
 
 def progress_bar(*columns: str) -> Progress:
