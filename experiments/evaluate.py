@@ -111,7 +111,7 @@ def evaluate(options: Options) -> None:
         report_latent_actions.report(asked)
         return
     trained = load_maskgit(options.run) if kind == "maskgit" else load_dynamics(options.run)
-    steps = choose_steps(options.k, trained)
+    steps = choose_steps(options.k, most_steps(trained, options.k))
     make = functools.partial(make_dreamer, trained)
     clips = held_out(trained, options, horizon)
     if options.codes:
@@ -176,17 +176,20 @@ def make_dreamer(trained: Trained, k: int | Array) -> Dreamer:
     return Unmasker(trained.tokenizer, trained.model, **vars(sampling))
 
 
-def choose_steps(asked: Sequence[int], trained: Trained) -> list[int]:
-    """Every K that is asked for once, in order, or else those of the table: 1, 2, 4 and the most."""
-    if isinstance(trained, TrainedMaskGIT):
-        for k in asked:
-            schedule_counts(trained.sampling.schedule, trained.model.tokens, k)
-        most = trained.sampling.steps
-    else:
-        most = trained.model.config.k_max
-        for k in asked:
-            check_steps(k, most)
+def choose_steps(asked: Sequence[int], most: int) -> list[int]:
+    """Every K that is asked for once, in order, or else those of the table: 1, 2, 4 and ``most``."""
     return sorted(set(asked) or {k for k in (1, 2, 4, most) if k <= most})
+
+
+def most_steps(trained: Trained, asked: Sequence[int]) -> int:
+    """As many steps a frame as the run was trained for. Raises UserError for one ``asked`` for that cannot be."""
+    codes = isinstance(trained, TrainedMaskGIT)
+    for k in asked:
+        if codes:
+            schedule_counts(trained.sampling.schedule, trained.model.tokens, k)
+        else:
+            check_steps(k, trained.model.config.k_max)
+    return trained.sampling.steps if codes else trained.model.config.k_max
 
 
 def held_out(trained: Trained, options: Options, horizon: Horizon) -> Batch:

@@ -167,10 +167,9 @@ and checked by its shapes; it needs accelerators and has not been trained here."
 
 TINYWORLDS = Config(
     run=RunOptions(Path("runs/tokenizer_tinyworlds")),
-    toy=ToyConfig(height=64, width=64, min_side=12, max_side=28),
     model="codes",
     video_tokenizer=VideoTokenizerConfig(
-        patch=8,
+        patch=4,
         fsq=FSQConfig((8,) * 4, rounding="symmetric"),
         start="structured",
         transformer=TransformerConfig(

@@ -16,6 +16,8 @@ import pytest
 import tyro
 
 from dreamer4.errors import UserError
+from dreamer4.runs import load_dynamics
+from dreamer4.train import cli
 from dreamer4.train.checkpoint import Checkpoints
 from dreamer4.train.cli import choose_preset
 from stores import add_latents, ids_of, write_store
@@ -48,7 +50,7 @@ def make_run(scripts, tmp_path_factory):
     def make(script, *arguments):
         run = tmp_path_factory.mktemp("runs") / "run"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(script, "fit", not_fit)
+            patch.setattr(cli, "fit", not_fit)
             script.train(choose_preset(script.PRESETS, ["debug", *map(str, arguments), "--run-dir", str(run)]))
         return run
 
@@ -243,7 +245,7 @@ def store_run(make_dynamics, tmp_path_factory):
 def clips_of(scripts, run, *arguments):
     options = tyro.cli(scripts.evaluate.Options, args=["--run", str(run), *map(str, arguments)])
     horizon = scripts.evaluate.Horizon(options.context, options.horizon)
-    return scripts.evaluate.held_out(scripts.evaluate.load_dynamics(run), options, horizon)
+    return scripts.evaluate.held_out(load_dynamics(run), options, horizon)
 
 
 def test_clips_of_a_run_on_a_data_set_are_held_out_from_it(scripts, store_run):
@@ -328,7 +330,7 @@ def test_a_run_without_a_checkpoint_is_told(evaluate, tmp_path):
 
 def test_a_run_of_a_tokenizer_is_told(evaluate, tokenizer_run):
     sentence = refused(evaluate, tokenizer_run)
-    assert sentence == f"{tokenizer_run}: no run of train_dynamics.py, its configuration has no dynamics"
+    assert sentence == f"{tokenizer_run}: a run of train_tokenizer.py found, one of train_dynamics.py expected"
 
 
 def test_results_go_to_a_folder(evaluate, run, tmp_path):

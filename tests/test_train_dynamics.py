@@ -18,6 +18,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dreamer4.errors import UserError
+from dreamer4.runs import load_dynamics
+from dreamer4.train import cli
 from dreamer4.train import fit as fit_module
 from dreamer4.train.checkpoint import Checkpoints, find, restore_params
 from dreamer4.train.cli import choose_preset
@@ -90,7 +92,7 @@ def first(train, tmp_path_factory):
 def fitted(script, monkeypatch):
     """Runs end where their training would begin; the tokenizers' parameters that they would train on."""
     frozen = []
-    monkeypatch.setattr(script, "fit", lambda *_, **options: frozen.append(options["frozen"]))
+    monkeypatch.setattr(cli, "fit", lambda *_, **options: frozen.append(options["frozen"]))
     return frozen
 
 
@@ -144,7 +146,7 @@ def test_each_length_of_batch_compiles_once(first):
 
 
 def test_a_run_can_be_loaded(script, first):
-    trained = script.load_dynamics(first.run)
+    trained = load_dynamics(first.run)
     assert trained.step == find(first.run, "best").step
     assert same(trained.params["dynamics"], restore_params(first.run)[0])
     assert same(trained.params["tokenizer"], restore_params(first.tokenizer)[0])
@@ -309,7 +311,7 @@ def test_what_cannot_be_is_told_before_anything_starts(train, tmp_path, monkeypa
         (("--toy.height", 24, "--toy.width", 24), "data: " + FRAMES),
         (
             ("--tokenizer", "runs/dynamics_debug"),
-            "runs/dynamics_debug: no run of train_tokenizer.py, its configuration is that of a dynamics",
+            "runs/dynamics_debug: a run of train_dynamics.py found, one of train_tokenizer.py expected",
         ),
     ],
 )

@@ -18,6 +18,7 @@ import pytest
 from dreamer4.errors import UserError
 from dreamer4.models.patches import to_float
 from dreamer4.models.video_tokenizer import encode_video
+from dreamer4.runs import load_tokenizer, load_video_tokenizer
 from dreamer4.train.checkpoint import restore_params
 from dreamer4.train.cli import choose_preset
 from dreamer4.train.logging import WALL_CLOCK
@@ -201,7 +202,7 @@ def test_a_run_of_codes_ends_well(codes):
 
 
 def test_a_run_of_codes_is_read_back(codes, script):
-    found = script.load_video_tokenizer(codes)
+    found = load_video_tokenizer(codes)
     assert found.step == 20
     assert (found.model.tokens, found.model.code_count) == (4, 16)
     video = script.make_source(script.TINYWORLDS_DEBUG).clips("validation", 2, 3).video
@@ -219,20 +220,17 @@ def test_a_run_of_codes_tells_the_sizes_of_codes_alone(codes, runs):
     assert "tokenizer" in latents
 
 
-def test_a_run_of_codes_is_no_tokenizer_for_the_dynamics_of_latents(codes, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    dynamics = importlib.import_module("train_dynamics")
-    with pytest.raises(
-        UserError, match=f"^{codes}: a tokenizer of codes found, one of latents expected.*toy trains it$"
-    ):
-        dynamics.load_tokenizer(codes)
+def test_a_run_of_codes_is_no_tokenizer_for_the_dynamics_of_latents(codes):
+    found = r"a run of train_tokenizer\.py tinyworlds found, one of train_tokenizer\.py expected"
+    with pytest.raises(UserError, match=f"^{codes}: {found}$"):
+        load_tokenizer(codes)
 
 
 def test_a_run_of_latents_is_no_tokenizer_of_codes(runs, script, tmp_path):
-    with pytest.raises(UserError, match="a tokenizer of latents found, one of codes expected"):
-        script.load_video_tokenizer(runs.whole)
+    with pytest.raises(UserError, match=r"a run of train_tokenizer\.py found, one of train_tokenizer\.py tinyworlds"):
+        load_video_tokenizer(runs.whole)
     with pytest.raises(UserError, match=r"there is no .*nothing; train one with .*train_tokenizer\.py tinyworlds"):
-        script.load_video_tokenizer(tmp_path / "nothing")
+        load_video_tokenizer(tmp_path / "nothing")
 
 
 # ----- what cannot be -----

@@ -374,7 +374,8 @@ def test_what_a_step_is_told_reaches_all_its_tokens_and_no_step_before(condition
     # In each layer it scales and shifts, and gates, attention and MLP.
     grads = jit(jax.grad(lambda p: jnp.sum(apply(model, p, x, condition=told)[0] ** 3)))(params)["blocks"]
     for layer in grads.values():
-        assert (np.abs(layer["modulation"]["bias"].reshape(-1, WIDTH)).max(axis=1) > 1e-3).all()
+        changes = layer["modulation"]["weight"].reshape(WIDTH, -1, WIDTH)
+        assert (np.abs(changes).max(axis=(0, 2)) > 1e-3).all()
 
 
 @pytest.mark.parametrize(("config", "given"), [(CONFIG, True), (LEARNED, False)])
