@@ -103,14 +103,13 @@ def evaluate(options: Options) -> None:
     horizon = Horizon(options.context, options.horizon)
     if not options.run.is_dir():
         raise UserError(f"run: there is no {options.run}; train one with uv run experiments/train_dynamics.py")
-    kind = run_kind(options.run)
-    if kind == "latent_action":
+    if run_kind(options.run) == "latent_action":
         asked = report_latent_actions.Options(
             options.run, options.data, options.clips, seed=options.seed, out=options.out
         )
         report_latent_actions.report(asked)
         return
-    trained = load_maskgit(options.run) if kind == "maskgit" else load_dynamics(options.run)
+    trained = load(options.run)
     steps = choose_steps(options.k, most_steps(trained, options.k))
     make = functools.partial(make_dreamer, trained)
     clips = held_out(trained, options, horizon)
@@ -135,8 +134,7 @@ def evaluate(options: Options) -> None:
         chosen = k if isinstance(trained, TrainedMaskGIT) else jnp.asarray(k)
         scores[k] = jax.device_get(scored(chosen, params, weights, clips, key))
         dreams[k], rates[k] = play(functools.partial(rollout, chosen, params), states, clips, horizon)
-    own = trained.sampling.steps if isinstance(trained, TrainedMaskGIT) else trained.config["k"]
-    film_k = own if own in steps else steps[-1]
+    film_k = own_steps(trained) if own_steps(trained) in steps else steps[-1]
     settings = {
         "options": to_json(dataclasses.replace(options, k=tuple(steps), out=out)),
         "step": trained.step,
@@ -166,6 +164,16 @@ def write(out: Path, report: dict[str, Any], frames: Float[np.ndarray, "T rows c
         draw_curves(out / "curves.png", report)
         names.append("curves.png")
     print(f"done: {', '.join(names)} in {out}")
+
+
+def load(run: Path) -> Trained:
+    """The dynamics of a run, over latents or over codes."""
+    return load_maskgit(run) if run_kind(run) == "maskgit" else load_dynamics(run)
+
+
+def own_steps(trained: Trained) -> int:
+    """With how many steps a frame the run itself was evaluated."""
+    return trained.sampling.steps if isinstance(trained, TrainedMaskGIT) else trained.config["k"]
 
 
 def make_dreamer(trained: Trained, k: int | Array) -> Dreamer:

@@ -17,7 +17,7 @@ class OptimizerConfig:
     """AdamW, or Muon on the layers' matrices with AdamW on the rest, or Sophia; one schedule for all.
 
     Sophia (Liu et al. 2023) is of second order: the mean gradient over a running estimate of the Hessian's diagonal, no
-    element larger than 1. Every tenth step draws an estimate by a gradient of the gradient, which doubles the time to
+    element larger than 1. Every tenth step draws an estimate by a gradient of the gradient, which triples the time to
     compile and needs a loss that can be differentiated twice. Its averages have rates of their own for ``b1`` and
     ``b2``.
     """
