@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from dreamer4.batch import ActionComponent, ActionSpace
 from dreamer4.config import from_json
 from dreamer4.errors import UserError
-from dreamer4.models.dynamics import Dynamics, DynamicsConfig
+from dreamer4.models.dynamics import Dynamics, DynamicsConfig, init_dynamics
 from dreamer4.models.latent_action import LatentActionConfig, LatentActionModel, init_latent_action
 from dreamer4.models.maskgit import MaskGIT, MaskGITConfig, init_maskgit
 from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, init_tokenizer
@@ -32,37 +32,25 @@ KINDS = {
     "video_tokenizer": "train_tokenizer.py tinyworlds",
     "tokenizer": "train_tokenizer.py",
 }
-"""What a run's configuration has, the first of these, and what trains such a run."""
+"""The field of its configuration that tells of what kind a run is, the first of these that is there, and what trains
+such a run."""
+
+Model = TypeVar("Model")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedTokenizer:
-    """A tokenizer of latents; ``config`` is its run's, ``step`` that of the checkpoint, as in all of these."""
+class Trained(Generic[Model]):
+    """A model by itself; ``config`` is its run's, ``step`` that of the checkpoint, as in all of these."""
 
-    model: Tokenizer
+    model: Model
     params: PyTree
     config: dict[str, Any]
     step: int
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedVideoTokenizer:
-    """A tokenizer of codes."""
-
-    model: VideoTokenizer
-    params: PyTree
-    config: dict[str, Any]
-    step: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedLatentAction:
-    """A latent action model."""
-
-    model: LatentActionModel
-    params: PyTree
-    config: dict[str, Any]
-    step: int
+TrainedTokenizer = Trained[Tokenizer]
+TrainedVideoTokenizer = Trained[VideoTokenizer]
+TrainedLatentAction = Trained[LatentActionModel]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +120,7 @@ def load_dynamics(run: Path) -> TrainedDynamics:
     chosen = from_json(DynamicsConfig, config["dynamics"], f"{run}: dynamics")
     c = tokenizer.model.config
     model = Dynamics(chosen, _actions(run, config), c.latents, c.bottleneck)
-    both = {"tokenizer": tokenizer.params, "dynamics": params}
+    both = {"tokenizer": tokenizer.params, "dynamics": _checked(run, params, init_dynamics, model)}
     return TrainedDynamics(model, tokenizer.model, both, config, _step(run))
 
 

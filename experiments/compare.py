@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import evaluate
 import tyro
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dreamer4.batch import Batch
+from dreamer4.config import to_json
 from dreamer4.data.episodes import Split
 from dreamer4.errors import UserError
 from dreamer4.models.patches import to_float
@@ -33,6 +34,7 @@ import numpy as np
 from jaxtyping import Float
 
 SHOWN = 6  # clips in the film
+GROUP = 32  # clips that are dreamt at once
 COLUMNS = {
     "parameters": ("parameters", "M", ".2f"),
     "tokenizer_parameters": ("tokenizer's", "M", ".2f"),
@@ -42,7 +44,7 @@ COLUMNS = {
     "ssim": ("SSIM", "", ".3f"),
     "over_copy": ("over\ncopy", "dB", ".2f"),
     "over_shuffled": ("over\nshuffled", "dB", ".2f"),
-    "position": (f"position\nstep {evaluate.POSITION_STEP}", "px", ".2f"),
+    "position": (f"position\nstep {evaluate.POSITION_STEP} or last", "px", ".2f"),
     "reconstruction": ("tokenizer's\nPSNR", "dB", ".2f"),
     "frames_per_s": ("frames", "per s", ".0f"),
 }
@@ -64,60 +66,66 @@ class Options:
     out: Path = Path("runs/comparison")
 
     def __post_init__(self) -> None:
-        if len(self.runs) < 2:
-            raise UserError(f"runs: {len(self.runs)} found, 2 or more expected")
+        if len(set(self.runs)) < max(2, len(self.runs)):
+            raise UserError(f"runs: {' '.join(map(str, self.runs))} found, 2 or more, each once, expected")
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"out: {self.out} is a file, a folder expected")
 
 
 def compare(options: Options) -> None:
     """Measures, prints, writes."""
-    data, shown, rows, dreams = options.data, None, {}, []
+    horizon, data, loaded = Horizon(options.context, options.horizon), options.data, []
     for run in options.runs:
+        trained = evaluate.load(run)
         asked = evaluate.Options(
             run, data, options.clips, options.context, options.horizon, split=options.split, seed=options.seed
         )
-        print(f"dreaming with {run}", flush=True)
-        figures, video, dreamt, data = measure(asked)
-        if shown is not None and not np.array_equal(shown, video):
+        clips = evaluate.held_out(trained, asked, horizon)
+        if loaded and not np.array_equal(loaded[0][1].video, clips.video):
             raise UserError(f"runs: {run} and {options.runs[0]} were not asked for the same clips, give one --data")
-        shown, rows[str(run)] = video, figures
+        loaded.append((trained, clips))
+        data = data or (None if trained.config["data"] is None else Path(trained.config["data"]))
+    rows, dreams = {}, []
+    for run, (trained, clips) in zip(options.runs, loaded, strict=True):
+        print(f"dreaming with {run}", flush=True)
+        figures, dreamt = measure(trained, clips, horizon, options.seed)
+        rows[str(run)] = figures | minutes(run)
         dreams.append(dreamt)
     Console().print(table(rows, options))
-    settings = {"clips": options.clips, "context": options.context, "horizon": options.horizon, "data": str(data)}
-    assert shown is not None
     options.out.mkdir(parents=True, exist_ok=True)
-    report = evaluate.finite({"options": settings, "runs": rows})
+    report = evaluate.finite({"options": to_json(dataclasses.replace(options, data=data)), "runs": rows})
     write_atomically(options.out / "comparison.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
-    write_gif(options.out / "comparison.gif", film(np.asarray(to_float(shown)), dreams))
+    write_gif(options.out / "comparison.gif", film(np.asarray(to_float(loaded[0][1].video[:SHOWN])), dreams))
     print(f"done: comparison.json, comparison.gif in {options.out}")
 
 
 def measure(
-    options: evaluate.Options,
-) -> tuple[dict[str, Any], np.ndarray, Float[np.ndarray, "n h H W C"], Path | None]:
-    """The figures of a run; the video of the clips that are shown, and what it dreams of them; the data set."""
-    trained = evaluate.load(options.run)
-    horizon = Horizon(options.context, options.horizon)
-    clips, key = evaluate.held_out(trained, options, horizon), jax.random.key(options.seed)
-    make = functools.partial(evaluate.make_dreamer, trained)
-    k = evaluate.own_steps(trained)
-    params = jax.device_put(trained.params)
+    trained: evaluate.Trained, clips: Batch, horizon: Horizon, seed: int
+) -> tuple[dict[str, Any], Float[np.ndarray, "n h H W C"]]:
+    """The figures of a run, and what it dreams of the clips that are shown."""
+    make, k = functools.partial(evaluate.make_dreamer, trained), evaluate.own_steps(trained)
+    params, key = jax.device_put(trained.params), jax.random.key(seed)
     program = functools.partial(jax.jit, static_argnums=0)
-    scores = jax.device_get(program(evaluate.scorer(make, horizon, options.batch_size))(k, params, None, clips, key))
+    scores = jax.device_get(program(evaluate.scorer(make, horizon, GROUP))(k, params, None, clips, key))
     states = evaluate.begin(make(k), params, clips, horizon, key)[:SHOWN]
     dreamt, rate = evaluate.play(functools.partial(program(evaluate.roller(make)), k, params), states, clips, horizon)
     found = evaluate.tabulate({k: scores}, {k: rate})
-    last = json.loads(RunFolder(options.run).metrics_path.read_text().splitlines()[-1])
     figures = {
         "kind": "codes" if isinstance(trained, TrainedMaskGIT) else "latents",
         "parameters": parameter_count(trained.params["dynamics"]) / 1e6,
         "tokenizer_parameters": parameter_count(trained.params["tokenizer"]) / 1e6,
-        "minutes": last["seconds"] / 60,
         "k": k,
         "reconstruction": found["tokenizer"]["psnr"],
         **found["k"][str(k)],
     }
-    data = options.data or (None if trained.config["data"] is None else Path(trained.config["data"]))
-    return figures, np.asarray(clips.video[:SHOWN]), dreamt, data
+    return figures, dreamt
+
+
+def minutes(run: Path) -> dict[str, float]:
+    """How long the dynamics were trained; nothing where the run's log is not there."""
+    log = RunFolder(run).metrics_path
+    lines = log.read_text().splitlines() if log.exists() else []
+    return {"minutes": json.loads(lines[-1])["seconds"] / 60} if lines else {}
 
 
 def film(truth: Float[np.ndarray, "n T H W C"], dreams: list[np.ndarray]) -> Float[np.ndarray, "T rows columns C"]:
@@ -133,20 +141,9 @@ def film(truth: Float[np.ndarray, "n T H W C"], dreams: list[np.ndarray]) -> Flo
 
 
 def table(rows: dict[str, dict[str, Any]], options: Options) -> Table:
-    """The figures side by side; a column without any is left out."""
-    made = Table(
-        title=f"{options.clips} clips ({options.split}), {options.horizon} frames dreamt after {options.context}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    made.add_column("run")
-    columns = {name: c for name, c in COLUMNS.items() if any(name in figures for figures in rows.values())}
-    for head, unit, _ in columns.values():
-        made.add_column(f"{head}\n{unit}" if unit else head, justify="right")
-    for run, figures in rows.items():
-        cells = (f"{figures[name]:{form}}" if name in figures else "" for name, (_, _, form) in columns.items())
-        made.add_row(f"{run} ({figures['kind']})", *cells)
-    return made
+    """The figures side by side."""
+    named = {f"{run} ({figures['kind']})": figures for run, figures in rows.items()}
+    return evaluate.make_table(vars(options), COLUMNS, named, names="run")
 
 
 if __name__ == "__main__":

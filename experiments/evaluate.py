@@ -346,9 +346,9 @@ def steer(dreamer: Dreamer, params: PyTree, clips: Batch, horizon: Horizon, key:
         return None
     (code,) = space
     start = horizon.context
-    state = {name: jnp.asarray(clips.state[name])[:, start - 1] for name in ("side", "color", "background")}
 
-    def moved(held: Array) -> Int[Array, "B HELD"]:
+    def moved(params: PyTree, clips: Batch, held: Array) -> Int[Array, "B HELD"]:
+        state = {name: jnp.asarray(clips.state[name])[:, start - 1] for name in ("side", "color", "background")}
         past = jnp.asarray(clips.action[code.name])[:, :start]
         actions = jnp.concatenate([past, jnp.full((len(past), HELD), held, past.dtype)], axis=1)
         frames = dreamer.dream(params, jnp.asarray(clips.video[:, :start]), {code.name: actions}, key)
@@ -358,7 +358,11 @@ def steer(dreamer: Dreamer, params: PyTree, clips: Batch, horizon: Horizon, key:
         place = locate(frames, like(side), like(color), like(state["background"][:, None]))
         return direction(jnp.diff(place, axis=1))
 
-    found = np.asarray(jax.jit(lambda codes: jax.lax.map(moved, codes))(jnp.arange(code.size)))
+    @jax.jit
+    def directions(params: PyTree, clips: Batch, codes: Array) -> Int[Array, "codes B HELD"]:
+        return jax.lax.map(functools.partial(moved, params, clips), codes)
+
+    found = np.asarray(directions(params, clips, jnp.arange(code.size)))
     table = [np.bincount(row.reshape(-1), minlength=5).tolist() for row in found]
     codes = np.repeat(np.arange(code.size), found[0].size)
     return {"nmi": nmi(codes, found.reshape(-1)), "directions": table}
@@ -425,13 +429,25 @@ def table(report: dict[str, Any]) -> Table:
     }
     rows = {"last frame": report["copy"], "tokenizer": report["tokenizer"]}
     rows |= {f"K = {k}": figures for k, figures in report["k"].items()}
+    return make_table(options, columns, rows)
+
+
+def make_table(
+    options: Mapping[str, Any],
+    columns: Mapping[str, tuple[str, str, str]],
+    rows: Mapping[str, Mapping[str, Any]],
+    names: str = "",
+) -> Table:
+    """Figures by row and column; a column, of which the head, the unit and the form are given, is left out where no row
+    has it. ``names`` is the head of the rows' names."""
     columns = {name: column for name, column in columns.items() if any(name in figures for figures in rows.values())}
     made = Table(
-        title=f"{options['clips']} clips ({options['split']}), {last} frames dreamt after {options['context']}",
+        title=f"{options['clips']} clips ({options['split']}), {options['horizon']} frames dreamt after"
+        f" {options['context']}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    made.add_column("")
+    made.add_column(names)
     for head, unit, _ in columns.values():
         made.add_column(f"{head}\n{unit}" if unit else head, justify="right")
     for name, figures in rows.items():

@@ -236,20 +236,7 @@ PRESETS = {
 
 def make_source(config: Config) -> ToySource | StoreSource:
     """The data set of ``config`` with the actions asked for, or the toy world."""
-    if config.actions != "real":
-        return open_with_latents(config)
-    return train_tokenizer.open_data(config.data, config.toy, config.train, config.label_fraction)
-
-
-def open_with_latents(config: Config) -> StoreSource:
-    """The data set of ``config``. A ``UserError`` without one: the toy world is drawn anew for every step."""
-    if config.data is None:
-        raise UserError(
-            f"actions: {config.actions} found without data, real expected; record some with"
-            " uv run experiments/record.py toy"
-        )
-    shapes, seed = config.train.shapes, config.train.seed
-    return StoreSource(config.data, shapes, seed, label_fraction=config.label_fraction, actions=config.actions)
+    return train_tokenizer.open_data(config.data, config.toy, config.train, config.label_fraction, config.actions)
 
 
 def check_frames(tokenizer: Tokenizer | VideoTokenizer, spec: BatchSpec, where: Path) -> None:

@@ -17,6 +17,7 @@ from train_dynamics import check_frames
 
 from dreamer4.batch import BatchSpec, space_to_json
 from dreamer4.config import at_least, to_json
+from dreamer4.data.episodes import read_index
 from dreamer4.data.latents import LatentSource, encode_corpus
 from dreamer4.data.loader import ActionChoice, StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
@@ -73,9 +74,10 @@ TOY = Config(
     maskgit=MaskGITConfig(
         start="structured",
         transformer=TransformerConfig(
-            d_model=96, depth=4, heads=4, mlp_ratio=2.7, time_every=2, context=16, soft_cap=None, condition="film"
+            d_model=96, depth=4, heads=4, mlp_ratio=2.7, time_every=2, context=8, soft_cap=None, condition="film"
         ),
     ),
+    masking=MaskedTokensConfig(drafts=True),
     optimizer=OptimizerConfig(
         name="muon",
         learning_rate=1e-2,
@@ -85,7 +87,7 @@ TOY = Config(
         final_fraction=0.02,
         weight_decay=0.0,
     ),
-    train=TrainConfig(steps=3000, batch_size=16, clip_length=8, eval_every=500, checkpoint_every=500, eval_length=24),
+    train=TrainConfig(steps=1500, batch_size=8, clip_length=8, eval_every=500, checkpoint_every=500, eval_length=24),
 )
 
 PONG = Config(
@@ -107,6 +109,7 @@ PONG = Config(
             remat=True,
         ),
     ),
+    masking=MaskedTokensConfig(drafts=True),
     horizon=Horizon(4, 8),
     optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup_steps=50),
     train=TrainConfig(
@@ -157,19 +160,29 @@ PRESETS = {
 
 def make_source(config: Config) -> ToySource | StoreSource:
     """The data set of ``config`` with the actions asked for, or the toy world."""
-    shapes, seed = config.train.shapes, config.train.seed
-    if config.actions == "real":
-        return train_tokenizer.open_data(config.data, config.toy, config.train, config.label_fraction)
-    if config.data is None:
-        raise UserError(
-            f"actions: {config.actions} found without data, real expected; uv run experiments/train_tinyworlds.py"
-            " records a toy world and finds its latent actions"
-        )
-    return StoreSource(config.data, shapes, seed, label_fraction=config.label_fraction, actions=config.actions)
+    return train_tokenizer.open_data(config.data, config.toy, config.train, config.label_fraction, config.actions)
+
+
+def check_tokenizer(config: Config, tokenizer: TrainedVideoTokenizer, spec: BatchSpec, where: Path) -> None:
+    """A ``UserError`` unless the tokenizer was trained on frames like these, and on no other data set.
+
+    A data set that has moved or been copied is the same; one that is gone, and the toy world, cannot be compared.
+    """
+    check_frames(tokenizer.model, spec, where)
+    other = tokenizer.config["data"]
+    if other is None or config.data is None or not Path(other).exists():
+        return
+    if read_index(Path(other)) != read_index(config.data):
+        raise UserError(f"data: {config.data} found, {other} expected, on which the tokenizer of {where} was trained")
 
 
 def make_objective(config: Config, tokenizer: VideoTokenizer, spec: BatchSpec) -> MaskedTokens:
-    """The objective on the codes of ``tokenizer`` under the data's actions. A ``UserError`` where it has none."""
+    """The objective on the codes of ``tokenizer`` under the data's actions. A ``UserError`` where it has none, and
+    where more frames are to be told at once than the training clips have after their first."""
+    longest = max(time for _, time in config.train.shapes)
+    for name, frames in (("masking", config.masking.horizon), ("sampling", config.sampling.horizon)):
+        if frames > max(1, longest - 1):
+            raise UserError(f"{name}.horizon: {frames} frames at once found, fewer than the clips' {longest} expected")
     if not spec.actions:
         raise UserError(
             f"data: no actions found in {config.data}, expected some; find latent ones with"
@@ -200,10 +213,11 @@ def dry_run(config: Config) -> None:
     _, preset = train_tokenizer.PRESETS[config.tokenizer_preset]
     spec = source.spec
     if config.tokenizer:
-        tokenizer = load_video_tokenizer(config.tokenizer).model
+        trained = load_video_tokenizer(config.tokenizer)
+        check_tokenizer(config, trained, spec, config.tokenizer)
+        tokenizer = trained.model
     else:
         tokenizer = VideoTokenizer(preset.video_tokenizer, spec.height, spec.width, spec.channels)
-    check_frames(tokenizer, spec, config.tokenizer or Path(config.tokenizer_preset))
     objective = make_objective(config, tokenizer, spec)
     frozen = jax.eval_shape(functools.partial(init_video_tokenizer, tokenizer), jax.random.key(0))
     program = make_program(objective, source, config.train, config.optimizer)
@@ -227,7 +241,7 @@ def train(config: Config) -> None:
         config.tokenizer, config.tokenizer_preset, copy, ("tinyworlds", "tinyworlds-debug"), config.run.resume
     )
     tokenizer = load_video_tokenizer(origin)
-    check_frames(tokenizer.model, source.spec, origin)
+    check_tokenizer(config, tokenizer, source.spec, origin)
     objective = make_objective(config, tokenizer.model, source.spec)
     resolved = to_json(dataclasses.replace(config, run=None))
     resolved |= {"tokenizer_checkpoint": to_json(find(origin, "best")), "tokenizer": to_json(tokenizer.model.config)}

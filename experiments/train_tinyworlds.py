@@ -18,8 +18,10 @@ import train_tokenizer
 import tyro
 
 from dreamer4.config import at_least
+from dreamer4.data.columns import read_record
 from dreamer4.data.toy_player import ToyPlayerConfig
 from dreamer4.errors import UserError
+from dreamer4.train.checkpoint import find
 from dreamer4.train.cli import RunOptions, choose_preset, main
 
 
@@ -41,6 +43,8 @@ class Config:
     latent_action_steps: int | None = None
     maskgit_steps: int | None = None
     """Steps of each stage; None for its preset's."""
+    overwrite: bool = False
+    """Replace the latent actions that the data set has of another model."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +85,7 @@ def train(config: Config) -> None:
     """The stages in turn."""
     find_data(config)
     tokenizer, actions = (config.run.run_dir / name for name in ("tokenizer", "latent_action"))
+    check_latents(config, actions)
     tokens = _stage(config, train_tokenizer.PRESETS[config.tokenizer], "tokenizer", config.tokenizer_steps)
     happened = _stage(
         config, train_latent_action.PRESETS[config.latent_action], "latent_action", config.latent_action_steps
@@ -92,9 +97,13 @@ def train(config: Config) -> None:
     train_tokenizer.train(tokens)
     announce(2, f"train_latent_action.py {config.latent_action} --data {config.data} --run-dir {actions}")
     train_latent_action.train(happened)
+    if config.run.dry_run and not (find(tokenizer, "best") and read_record(config.data)):
+        print("\nstage 3 of 3: takes codes and latent actions, which the first two stages have not made yet")
+        return
     if not config.run.dry_run:
-        announce(2, f"extract_latent_actions.py --model {actions} --data {config.data}")
-        extract_latent_actions.run(extract_latent_actions.Options(config.data, actions))
+        flag = " --overwrite" if config.overwrite else ""
+        announce(2, f"extract_latent_actions.py --model {actions} --data {config.data}{flag}")
+        extract_latent_actions.run(extract_latent_actions.Options(config.data, actions, overwrite=config.overwrite))
     announce(
         3,
         f"train_maskgit.py {config.maskgit} --data {config.data} --actions latent --tokenizer {tokenizer}"
@@ -112,10 +121,25 @@ def find_data(config: Config) -> None:
             f"data: there is no {config.data}; record one with uv run --extra atari experiments/record.py atari"
             f" --game Pong --out {config.data}, or make one of videos with experiments/ingest.py"
         )
+    if config.run.dry_run:
+        raise UserError(f"data: there is no {config.data}, which a dry run does not record")
     print(f"{config.data}: there is none, recording {config.episodes} episodes of the toy world", flush=True)
     record.main(
         record.Toy(config.record, record.RecordConfig(config.episodes, config.data, seed=config.seed, processes=1))
     )
+
+
+def check_latents(config: Config, actions: Path) -> None:
+    """A ``UserError``, before anything is trained, where the data set has the latent actions of another model than the
+    one in ``actions``, and they are not to be replaced."""
+    if config.overwrite or config.run.dry_run or (found := read_record(config.data)) is None:
+        return
+    newest = find(actions, "best") if config.run.resume else None
+    if newest is None or newest.digest != found.digest:
+        raise UserError(
+            f"data: {config.data} has the latent actions of {found}, which is not the model of {actions}: --overwrite"
+            " replaces them"
+        )
 
 
 def announce(stage: int, command: str) -> None:

@@ -16,7 +16,7 @@ import tyro
 
 from dreamer4.batch import BatchSpec
 from dreamer4.config import to_json
-from dreamer4.data.loader import StoreSource
+from dreamer4.data.loader import ActionChoice, StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
 from dreamer4.errors import UserError
 from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, tokenizer_flops
@@ -170,7 +170,7 @@ TINYWORLDS = Config(
     model="codes",
     video_tokenizer=VideoTokenizerConfig(
         patch=4,
-        fsq=FSQConfig((8,) * 4, rounding="symmetric"),
+        fsq=FSQConfig((4,) * 5, rounding="symmetric"),
         start="structured",
         transformer=TransformerConfig(
             d_model=64, depth=2, heads=4, mlp_ratio=2.7, time_every=2, context=8, qk_gain=4.0, soft_cap=None
@@ -178,10 +178,9 @@ TINYWORLDS = Config(
     ),
     masking=MaskingConfig(ceiling=0.0),
     optimizer=TOY.optimizer,
-    train=TrainConfig(steps=8000, clip_length=2, long_every=4, long_length=8, eval_every=2000, checkpoint_every=1000),
+    train=TrainConfig(steps=5000, clip_length=2, long_every=4, long_length=8, eval_every=1000, checkpoint_every=1000),
 )
-"""``uv run experiments/train_tokenizer.py tinyworlds``: 64 codes of 4,096 a frame. With 2,500 steps in place of 8,000
-it came to 27.1 dB on held-out clips; the whole preset has not been measured yet."""
+"""``uv run experiments/train_tokenizer.py tinyworlds``: 64 codes of 1,024 a frame."""
 
 TINYWORLDS_DEBUG = dataclasses.replace(
     TINYWORLDS,
@@ -249,10 +248,20 @@ def make_source(config: Config) -> ToySource | StoreSource:
 
 
 def open_data(
-    data: Path | None, toy: ToyConfig, train: TrainConfig, label_fraction: float = 1.0
+    data: Path | None,
+    toy: ToyConfig,
+    train: TrainConfig,
+    label_fraction: float = 1.0,
+    actions: ActionChoice = "real",
 ) -> ToySource | StoreSource:
-    """The data set at ``data``, or without one the toy world, in the batches of ``train``."""
+    """The data set at ``data``, or without one the toy world, in the batches of ``train``. A ``UserError`` for latent
+    actions without a data set: the toy world is drawn anew for every step."""
     if data is None:
+        if actions != "real":
+            raise UserError(
+                f"actions: {actions} found without data, real expected; record some with"
+                " uv run experiments/record.py toy"
+            )
         return ToySource(toy, train.shapes, train.seed, label_fraction=label_fraction)
     if not data.exists():
         raise UserError(
@@ -260,7 +269,7 @@ def open_data(
             f" uv run --extra atari experiments/record.py atari --game Breakout --episodes 30 --out {data},"
             " or make one of recordings with experiments/ingest.py"
         )
-    return StoreSource(data, train.shapes, train.seed, label_fraction=label_fraction)
+    return StoreSource(data, train.shapes, train.seed, label_fraction=label_fraction, actions=actions)
 
 
 def make_objective(config: Config, spec: BatchSpec) -> tuple[MaskedAutoencoding, dict | None]:

@@ -17,9 +17,7 @@ import tyro
 
 from dreamer4.errors import UserError
 from dreamer4.runs import load_dynamics
-from dreamer4.train import cli
-from dreamer4.train.checkpoint import Checkpoints
-from dreamer4.train.cli import choose_preset
+from noise_runs import noise_run
 from stores import add_latents, ids_of, write_store
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -37,24 +35,9 @@ def scripts():
 
 
 @pytest.fixture(scope="module")
-def make_run(scripts, tmp_path_factory):
-    """A function that makes the run of a preset, whose parameters are noise: what it would learn in seconds is less."""
-
-    def not_fit(objective, source, config, optimizer, run, resolved, **_):
-        shapes, _ = jax.eval_shape(objective.init, jax.random.key(0))
-        rng = np.random.default_rng(0)
-        params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(x.dtype), shapes)
-        with Checkpoints(run.checkpoints) as checkpoints:
-            checkpoints.save(3, {"params": params}, {}, resolved)
-
-    def make(script, *arguments):
-        run = tmp_path_factory.mktemp("runs") / "run"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cli, "fit", not_fit)
-            script.train(choose_preset(script.PRESETS, ["debug", *map(str, arguments), "--run-dir", str(run)]))
-        return run
-
-    return make
+def make_run(tmp_path_factory):
+    """A function that makes the run of the preset debug, whose parameters are noise."""
+    return lambda script, *arguments: noise_run(script, tmp_path_factory.mktemp("runs") / "run", "debug", *arguments)
 
 
 @pytest.fixture(scope="module")

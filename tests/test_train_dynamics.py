@@ -333,7 +333,13 @@ def test_parameters_of_another_shape_are_told(train, first, tmp_path):
     params, config = restore_params(first.tokenizer)
     save(tmp_path, 20, jax.tree.map(lambda x: np.concatenate([x, x]), params), config)
     sentence = refused(train, tmp_path, "debug", "--tokenizer", tmp_path, "--run-dir", tmp_path / "new")
-    assert sentence == (f"{tmp_path}: the checkpoint's parameters are not those of the tokenizer in its configuration")
+    assert sentence == f"{tmp_path}: the checkpoint's parameters are not those of the model in its configuration"
+    params, config = restore_params(first.run)
+    run = tmp_path / "dynamics"
+    save(run, 20, params | {"no_action": np.zeros(3, np.float32)}, config)
+    shutil.copytree(first.tokenizer, run / "tokenizer")
+    with pytest.raises(UserError, match=f"{run}: the checkpoint's parameters are not those of the model"):
+        load_dynamics(run)
 
 
 EPISODES = {ids_of(split)[0]: 60 for split in ("train", "validation", "test")}

@@ -1,6 +1,7 @@
 import functools
 import importlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from dreamer4.data.episodes import EpisodeStore
 from dreamer4.errors import UserError
 from dreamer4.runs import load_maskgit
 from dreamer4.train.cli import choose_preset
+from stores import ids_of, write_store
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STEPS = ("--tokenizer-steps", "6", "--latent-action-steps", "6", "--maskgit-steps", "6")
@@ -118,6 +120,63 @@ def test_a_tokenizer_of_other_frames_is_refused(train, made, tmp_path):
         train(
             "train_maskgit", "--tokenizer", made.run / "tokenizer", "--toy.height", 32, "--toy.width", 32,
             "--run-dir", tmp_path / "run",
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Another data set, of frames as large."""
+    lengths = dict.fromkeys([*ids_of("train", 2), *ids_of("validation", 2)], 12)
+    return write_store(tmp_path_factory.mktemp("elsewhere") / "data", lengths, noise=True)
+
+
+def test_stages_of_different_data_are_refused(train, made, elsewhere, tmp_path):
+    with pytest.raises(UserError, match=r"data: .*elsewhere.* found, .*tinyworlds.* expected, on which the tokenizer"):
+        train(
+            "train_maskgit", "--tokenizer", made.run / "tokenizer", "--data", elsewhere, "--run-dir", tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"holds a run of another configuration .*data"):
+        train("train_tinyworlds", *STEPS, "--data", elsewhere, "--run-dir", made.run)
+
+
+def test_a_data_set_that_was_copied_is_the_same(scripts, made, tmp_path):
+    shutil.copytree(made.data, tmp_path / "data")
+    arguments = ["debug", "--tokenizer", str(made.run / "tokenizer"), "--data", str(tmp_path / "data"), "--dry-run"]
+    scripts.train_maskgit.train(choose_preset(scripts.train_maskgit.PRESETS, arguments))
+
+
+def test_latent_actions_of_another_run_are_told_before_anything_is_trained(scripts, train, made, tmp_path):
+    flags = (*STEPS, "--data", made.data)
+    other = tmp_path / "other"
+    with pytest.raises(UserError, match=r"data: .* has the latent actions of latent_action, .*: --overwrite replaces"):
+        train("train_tinyworlds", *flags, "--run-dir", other)
+    with pytest.raises(UserError, match=r"data: .* has the latent actions of latent_action"):
+        train("train_tinyworlds", *flags, "--run-dir", made.run, "--no-resume")
+    assert not other.exists()
+    assert not made.run.with_name("run.1").exists()
+    config = choose_preset(scripts.train_tinyworlds.PRESETS, ["debug", *map(str, flags), "--overwrite"])
+    scripts.train_tinyworlds.check_latents(config, other / "latent_action")
+
+
+def test_a_dry_run_counts_the_stages_that_can_be_and_makes_nothing(train, made, elsewhere, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"data: there is no .*none, which a dry run does not record"):
+        train("train_tinyworlds", "--data", tmp_path / "none", "--run-dir", tmp_path / "run", "--dry-run")
+    train("train_tinyworlds", "--data", elsewhere, "--run-dir", tmp_path / "run", "--dry-run")
+    said = capsys.readouterr().out
+    assert said.count("parameters ") == 2
+    assert "stage 3 of 3: takes codes and latent actions" in said
+    assert list(tmp_path.iterdir()) == []
+    train("train_tinyworlds", "--data", made.data, "--run-dir", made.run, "--dry-run")
+    assert capsys.readouterr().out.count("parameters ") == 3
+
+
+@pytest.mark.parametrize("name", ["masking", "sampling"])
+def test_a_horizon_beyond_what_is_trained_is_refused(train, made, tmp_path, name):
+    with pytest.raises(UserError, match=rf"{name}\.horizon: 4 frames at once found, fewer than the clips' 4 expected"):
+        train(
+            "train_maskgit", "--tokenizer", made.run / "tokenizer", f"--{name}.horizon", 4,
+            "--maskgit.transformer.context", 6, "--run-dir", tmp_path / "run",
         )  # fmt: skip
 
 

@@ -108,6 +108,12 @@ class _Column:
     arrays: dict[str, ts.TensorStore]
 
 
+def read_record(path: Path) -> LatentRecord | None:
+    """Whose latent actions the data set at ``path`` has, be it of all episodes or not; None where it has none."""
+    column = _read_column(path / LATENT)
+    return None if column is None else column.record
+
+
 def read_latents(store: EpisodeStore) -> Latents:
     """The latent actions of every frame of ``store``.
 

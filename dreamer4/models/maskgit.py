@@ -90,17 +90,26 @@ class MaskGIT(nn.Module):
         labelled: Bool[Array, "B T"],
         *,
         cache: KVCache | None = None,
+        drafts: bool = False,
     ) -> tuple[Float[Array, "B T N E"], KVCache | None, Float[Array, ""]]:
         """``(logits, cache, balance)``: of each token the logits of all ``heads``, side by side, float32.
 
         ``codes`` that are ``masked`` are not seen, whatever stands there. Frames that are not ``labelled`` have the
         learned no-action embedding and what was inferred alone. With a ``cache`` the frames follow those that it has
-        seen. ``balance`` is the load-balancing loss of a mixture of experts (``Transformer.with_balance``).
+        seen. With ``drafts`` each frame is told from frames before it of which nothing is hidden, whatever is
+        ``masked`` there, as in a dream and at twice the cost. ``balance`` is the load-balancing loss of a mixture of
+        experts (``Transformer.with_balance``).
         """
         dtype = self.config.transformer.dtype
-        x = jnp.where(masked[..., None], self.mask_token.astype(dtype), self.embed(codes.astype(dtype)))
+        known = self.embed(codes.astype(dtype))
+        x = jnp.where(masked[..., None], self.mask_token.astype(dtype), known)
         condition = embed_actions(self.actions, self.action_tables, self.no_action, action, labelled)
-        x, cache, balance = self.transformer.with_balance(x + self.places.astype(dtype), cache, condition=condition)
+        if drafts:
+            x, condition = jnp.concatenate([known, x], axis=1), jnp.concatenate([condition, condition], axis=1)
+        x, cache, balance = self.transformer.with_balance(
+            x + self.places.astype(dtype), cache, condition=condition, drafts=drafts
+        )
+        x = x[:, codes.shape[1] :] if drafts else x
         return self.to_logits(x).astype(jnp.float32), cache, balance
 
     def log_prob(self, logits: Float[Array, "*lead E"], ids: Int[Array, "*lead"]) -> Float[Array, "*lead"]:

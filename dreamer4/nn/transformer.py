@@ -76,8 +76,10 @@ class TransformerConfig:
                 f"experts_per_token: {self.experts_per_token} found, at most the number of experts, {self.experts}, "
                 "expected"
             )
-        if self.kernel == "fused" and self.soft_cap is not None:
-            raise UserError("kernel: the fused attention kernel has no soft cap, set soft_cap to None with it")
+        if self.kernel in ("fused", "tiled") and self.soft_cap is not None:
+            raise UserError(f"kernel: the {self.kernel} attention kernel has no soft cap, set soft_cap to None with it")
+        if self.kernel == "tiled" and self.positions != "rotary":
+            raise UserError(f"positions: {self.positions} found, rotary expected: the tiled kernel has no bias")
 
     @property
     def head_width(self) -> int:
@@ -202,9 +204,24 @@ class Attention(nn.Module):
 
 
 def make_sight(
-    config: TransformerConfig, steps: int, cache: KVCache | None = None, starts: Bool[Array, "B T"] | None = None
+    config: TransformerConfig,
+    steps: int,
+    cache: KVCache | None = None,
+    starts: Bool[Array, "B T"] | None = None,
+    drafts: bool = False,
 ) -> Sight:
-    """Who sees whom among ``steps`` new frames and the frames of the cache."""
+    """Who sees whom among ``steps`` new frames and the frames of the cache. ``drafts`` are in the second half: other
+    versions of the frames in the first, at the same times, each of which sees itself and the frames before it."""
+    if drafts:
+        if cache is not None or starts is not None or steps % 2:
+            raise ValueError("drafts: as many as frames expected, and neither a cache nor starts")
+        now, draft = jnp.tile(jnp.arange(steps // 2), 2), jnp.arange(steps) >= steps // 2
+        ages = now[:, None] - now
+        sees = causal_mask(now, now, config.context) & ~draft & (~draft[:, None] | (ages > 0))
+        sees = (sees | jnp.eye(steps, dtype=bool))[None]
+        if config.positions == "rotary":
+            return Sight(time_angles(now, config.head_width), sees, None)
+        return Sight(None, sees, None, ages)
     frame = jnp.zeros((), jnp.int32) if cache is None else cache.frame
     now = frame + jnp.arange(steps)
     sees, past, ring = causal_mask(now, now, config.context)[None], None, None
@@ -358,10 +375,11 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         starts: Bool[Array, "B T"] | None = None,
         condition: Condition = None,
+        drafts: bool = False,
     ) -> tuple[Float[Array, "B T S D"], KVCache | None, Float[Array, ""]]:
         """What a call gives, and the mean over the layers of the load-balancing loss of their experts: 1 if all are
         used alike, or if there is but one, and more the more uneven. Training with experts must add it to its loss at a
-        small weight (0.01 in the papers), or a few experts take every token."""
+        small weight (0.01 in the papers), or a few experts take every token. ``drafts`` as in ``make_sight``."""
         if (condition is None) != (self.config.condition == "none"):
             found = "none" if condition is None else "one"
             raise ValueError(f"condition: {found} given to a transformer with condition={self.config.condition!r}")
@@ -378,7 +396,7 @@ class Transformer(nn.Module):
         )
         ring = None if cache is None else (cache.key, cache.value)
         x, (new, balances) = stack(self.config, self.layout, name="blocks")(
-            x, ring, make_sight(self.config, x.shape[1], cache, starts), condition
+            x, ring, make_sight(self.config, x.shape[1], cache, starts, drafts), condition
         )
         if cache is not None and new is not None:
             key, value = ring_write(cache.key, new[0], cache.frame), ring_write(cache.value, new[1], cache.frame)

@@ -31,6 +31,9 @@ class MaskedTokensConfig:
     """Each clip draws the share of its tokens that is hidden from between these two."""
     mask_ratio: Literal["uniform", "cosine"] = "uniform"
     """Draw it evenly, or as the cosine schedule has it, more often near the upper end."""
+    drafts: bool = False
+    """Tell every frame as a dream does: from frames before that are whole, each frame with a ratio of its own and all
+    of a clip at once, at twice the cost of a step. What follows is then not looked at."""
     whole: float = 0.0
     """Share of the frames, besides one of each clip, of which nothing is hidden."""
     clean_past: float = 0.5
@@ -130,14 +133,14 @@ class MaskedTokens:
         """Of each token, the negative log-likelihood of its code and whether it is the likeliest; and the balance."""
         model, ids = self.model, fsq_ids(self.model.fsq, codes)
         labelled = jnp.broadcast_to(jnp.asarray(batch.labelled)[:, None], masked.shape[:2])
-        told: Any = model.apply({"params": params}, codes, masked, batch.action, labelled)
+        told: Any = model.apply({"params": params}, codes, masked, batch.action, labelled, drafts=self.config.drafts)
         logits, _, balance = told
         right = model.pick(logits, jax.random.key(0), temperature=0.0) == ids
         return -model.log_prob(logits, ids), right.astype(jnp.float32), balance
 
     def mask(self, key: PRNGKeyArray, lead: tuple[int, ...]) -> Bool[Array, "B T N"]:
-        """Which tokens are hidden in clips of ``lead`` (B, T): never all, since one frame at least is whole, and never
-        none."""
+        """Which tokens are hidden in clips of ``lead`` (B, T): never all, since one frame at least is whole (with
+        drafts the first, which nothing tells), and never none."""
         c, (batch, time) = self.config, lead
         if time < 2:
             raise UserError(f"clips: {time} frame found, 2 or more expected, since one of each clip is not hidden")
@@ -155,6 +158,10 @@ class MaskedTokens:
         # At the end: all before the last few frames are whole.
         last = 1 + _below(min(c.horizon, time - 1), length)
         whole = jnp.where(kind < c.clean_past, frame < time - last, whole)
+        if c.drafts:
+            each = jnp.cos(jnp.pi / 2 * u[:, 5:]) if c.mask_ratio == "cosine" else u[:, 5:]
+            ratio = (c.mask_low + (c.mask_high - c.mask_low) * each)[..., None]
+            whole = jnp.broadcast_to(frame == 0, lead)
         drawn = jax.random.uniform(token_key, (*lead, self.model.tokens))
         drawn = jnp.where(whole[..., None], 2.0, drawn)
         return (drawn < ratio) | (drawn == drawn.min((1, 2), keepdims=True))

@@ -100,6 +100,17 @@ def test_logits_are_causal_in_codes_and_actions():
     np.testing.assert_array_equal(far > 0, ~np.asarray(given["masked"][0]))
 
 
+def test_drafts_are_told_as_in_a_dream():
+    given, model = inputs(), ZERO
+    drafts = jit(lambda params: model.apply({"params": params}, **given, drafts=True)[0])(PARAMS[model])
+    cache, parts = model.cache(BATCH), []
+    for t in range(TIME):  # the ring of 3 wraps
+        now = at(given, t)
+        parts.append(run(model, PARAMS[model], now, cache)[0])
+        cache = run(model, PARAMS[model], now | {"masked": jnp.zeros_like(now["masked"])}, cache)[1]
+    np.testing.assert_allclose(np.concatenate(parts, 1), drafts, atol=1e-5)
+
+
 def test_frame_by_frame_equals_the_whole_clip():
     given, model = inputs(), ZERO
     whole = run(model, PARAMS[model], given)[0]

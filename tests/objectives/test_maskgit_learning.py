@@ -9,7 +9,7 @@ import pytest
 
 from dreamer4.batch import ActionComponent, Batch, BatchSpec, fake_batch
 from dreamer4.errors import UserError
-from dreamer4.models.maskgit import MaskGIT, MaskGITConfig
+from dreamer4.models.maskgit import MaskGIT, MaskGITConfig, init_maskgit
 from dreamer4.models.video_tokenizer import VideoTokenizer, VideoTokenizerConfig, init_video_tokenizer
 from dreamer4.nn.quantizers import FSQConfig, fsq_codes, fsq_ids
 from dreamer4.nn.transformer import TransformerConfig
@@ -37,7 +37,7 @@ class Oracle(MaskGIT):
     def setup(self):
         self.logits = self.param("logits", lambda _: jnp.zeros((CLIPS, TIME, TOKENS, sum(self.heads))))
 
-    def __call__(self, codes, masked, action, labelled, *, cache=None):
+    def __call__(self, codes, masked, action, labelled, *, cache=None, drafts=False):
         return self.logits, cache, jnp.asarray(1.5)
 
 
@@ -54,6 +54,13 @@ def clips(ids, **fields):
 
 IDS = np.random.default_rng(0).integers(0, FSQ.codes, (CLIPS, TIME, TOKENS))
 PARAMS = {"logits": jnp.asarray(np.random.default_rng(1).normal(size=(CLIPS, TIME, TOKENS, 6)), jnp.float32)}
+
+
+def draw(init, model):
+    """Random parameters, without a program that draws them as a model would start."""
+    rng = np.random.default_rng(2)
+    shapes = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype)), shapes)
 
 
 def loss(ours, params, batch, *, seed=0, frozen=None):
@@ -76,6 +83,7 @@ MASKS = {
     "whole": {"whole": 1.0, "clean_past": 0.2},
     "last": {"clean_past": 1.0, "horizon": 3},
     "pairs": {"time": 2, "horizon": 4},
+    "drafts": {"drafts": True},
 }
 
 
@@ -110,6 +118,19 @@ def test_a_share_of_clips_has_a_whole_past():
     assert (half.sum(1) == 1).mean() == pytest.approx(0.5, abs=0.03)
 
 
+def test_drafts_hide_of_each_frame_but_the_first_a_share_of_its_own():
+    found = masks(drafts=True, mask_low=0.2, mask_high=0.8)
+    assert not found[:, 0].any()
+    assert found[:, 1:].mean() == pytest.approx(0.5, abs=0.01)
+    # Of tokens of one frame the same ratio decides, of two frames two.
+    shares = found[:, 1:].mean(-1)
+    within = (found[:, 1, 0] * found[:, 1, 1]).mean()
+    across = (found[:, 1, 0] * found[:, 2, 1]).mean()
+    assert within == pytest.approx(0.25 + 0.6**2 / 12, abs=0.01)
+    assert across == pytest.approx(0.25, abs=0.01)
+    assert shares.std() > 0.2
+
+
 def test_frames_are_left_whole_where_asked():
     found = masks(clean_past=0.0, whole=0.5, mask_low=1.0)
     # One is, one is not, and half of the other three are.
@@ -118,7 +139,7 @@ def test_frames_are_left_whole_where_asked():
 
 def test_the_loss_is_the_cross_entropy_of_what_is_hidden():
     ours = objective()
-    masked = np.asarray(ours.mask(jax.random.key(0), (CLIPS, TIME)))
+    masked = np.asarray(jit(lambda key: ours.mask(key, (CLIPS, TIME)))(jax.random.key(0)))
     run = jit(jax.value_and_grad(functools.partial(loss, ours), has_aux=True))
     (value, (_, metrics)), gradient = run(PARAMS, clips(IDS))
     logits = np.asarray(PARAMS["logits"], np.float64)
@@ -141,13 +162,13 @@ def test_experts_are_balanced():
 
 def test_codes_made_beforehand_are_those_made_inside():
     ours = objective()
-    frozen = jit(functools.partial(init_video_tokenizer, TOKENIZER))(jax.random.key(2))
+    frozen = draw(init_video_tokenizer, TOKENIZER)
     batch = fake_batch(BatchSpec(CLIPS, TIME, 12, 18, actions=ACTIONS))
     unmasker = Unmasker(TOKENIZER, ours.model, steps=3)
     codes = jit(unmasker.encode)({"tokenizer": frozen}, batch.video)
     assert len(np.unique(fsq_ids(FSQ, codes))) > 2
     inside, moved = jit(jax.value_and_grad(lambda f: loss(ours, PARAMS, batch, frozen=f)[0]))(frozen)
-    beforehand = loss(ours, PARAMS, dataclasses.replace(batch, latents=codes))[0]
+    beforehand = jit(functools.partial(loss, ours))(PARAMS, dataclasses.replace(batch, latents=codes))[0]
     assert float(inside) == pytest.approx(float(beforehand), rel=1e-6)
     assert not any(np.any(x) for x in jax.tree.leaves(moved))
 
@@ -221,12 +242,10 @@ def test_evaluation_tells_tokens_and_dreams():
     batch = fake_batch(BatchSpec(CLIPS, TIME, 12, 18, actions=ACTIONS))
     assert isinstance(ours, Objective)
 
-    def run(tell, key, batch):
-        params, frozen = ours.init(key)[0], init_video_tokenizer(TOKENIZER, key)
-        return tell(params, frozen, batch, key)
-
-    found = jit(functools.partial(run, ours.evaluate))(jax.random.key(0), batch)
-    film = jax.eval_shape(functools.partial(run, ours.pictures), jax.random.key(0), batch)
+    params, frozen = draw(init_maskgit, ours.model), draw(init_video_tokenizer, TOKENIZER)
+    params |= {"to_logits": jax.tree.map(jnp.zeros_like, params["to_logits"])}  # as at the start
+    found = jit(ours.evaluate)(params, frozen, batch, jax.random.key(0))
+    film = jax.eval_shape(ours.pictures, params, frozen, batch, jax.random.key(0))
     names = {"psnr", "psnr_shuffled", "psnr_copy", "psnr_tokenizer", "over_copy", "over_shuffled", "ssim"}
     assert found.keys() == names | {"accuracy", "perplexity"}
     assert float(found["perplexity"]) == pytest.approx(6, rel=1e-4)
