@@ -1,8 +1,8 @@
 """How fast it is, as figures that compare: ``uv run experiments/benchmark.py BENCHMARK [FLAGS]``.
 
-There are ``tokenizer``, ``video_tokenizer``, ``dynamics`` and ``generate``. Everything is measured in this one process,
-without the compilation cache: the time from the start of the script to the end of the first training step, the steady
-rate, and beside it what this machine's matrix product does.
+There are ``tokenizer``, ``video_tokenizer``, ``dynamics``, ``generate`` and ``unmask``. Everything is measured in this
+one process, without the compilation cache: the time from the start of the script to the end of the first training step,
+the steady rate, and beside it what this machine's matrix product does.
 """
 
 import time
@@ -23,11 +23,16 @@ import tyro  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from dreamer4.batch import ActionComponent  # noqa: E402
 from dreamer4.config import at_least  # noqa: E402
 from dreamer4.errors import UserError  # noqa: E402
+from dreamer4.models.maskgit import MaskGIT, MaskGITConfig, init_maskgit  # noqa: E402
 from dreamer4.models.tokenizer import init_tokenizer  # noqa: E402
+from dreamer4.models.video_tokenizer import VideoTokenizer, VideoTokenizerConfig, init_video_tokenizer  # noqa: E402
+from dreamer4.nn.transformer import TransformerConfig  # noqa: E402
 from dreamer4.objectives.shortcut_forcing import ShortcutForcing  # noqa: E402
 from dreamer4.rollout.generate import Generator  # noqa: E402
+from dreamer4.rollout.unmask import Unmasker  # noqa: E402
 from dreamer4.train.cli import main  # noqa: E402
 from dreamer4.train.fit import Shape, Source, make_program  # noqa: E402
 from dreamer4.train.sharding import place_batch  # noqa: E402
@@ -96,6 +101,18 @@ class GenerateBenchmark(Benchmark):
     batch: int = 1
     frames: int = 64
     """Frames in a round with the cache; a round without it has two."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UnmaskBenchmark(Benchmark):
+    """Frames of 64x64 dreamt in codes and painted, one stream at a time: patches of 4, width 128, 8 heads, 4 blocks of
+    two layers, 4^5 codes, 16 frames to look back on."""
+
+    t: int = 8
+    """Steps a frame."""
+    batch: int = 1
+    frames: int = 8
+    """Frames in a round."""
 
 
 def benchmark_tokenizer(options: TokenizerBenchmark) -> dict[str, Any]:
@@ -207,6 +224,35 @@ def _uncached_rate(generator: Generator, params: PyTree, context: int, options: 
     return options.batch * frames / min(_seconds(lambda: jax.block_until_ready(run())) for _ in range(options.rounds))
 
 
+def benchmark_unmask(options: UnmaskBenchmark) -> dict[str, Any]:
+    """Frames per second, with the painting and without."""
+    codes = TransformerConfig(
+        d_model=128, depth=8, heads=8, mlp_ratio=1.0, time_every=2, context=16, soft_cap=None, condition="film"
+    )
+    pixels = dataclasses.replace(codes, condition="none")
+    tokenizer = VideoTokenizer(VideoTokenizerConfig(transformer=pixels), 64, 64)
+    actions = (ActionComponent("latent_0", "categorical", 4, inferred=True),)
+    model = MaskGIT(MaskGITConfig(transformer=codes), tokenizer.config.fsq, tokenizer.grid, actions)
+    unmasker = Unmasker(tokenizer, model, options.t)
+    key = jax.random.key(0)
+    params = {
+        "tokenizer": jax.jit(functools.partial(init_video_tokenizer, tokenizer))(key),
+        "dynamics": jax.jit(functools.partial(init_maskgit, model))(key),
+    }
+    asked = {"latent_0": jnp.ones((options.batch, options.frames), jnp.int32)}
+
+    def rate(rollout: Callable[..., tuple[Any, jax.Array]]) -> float:
+        dream = jax.jit(rollout)
+        state = unmasker.blank(options.batch, key)
+        for _ in range(2):  # fills the ring
+            state, _ = dream(params, state, asked)
+        run = functools.partial(dream, params, state, asked)
+        seconds = min(_seconds(lambda: jax.block_until_ready(run())) for _ in range(options.rounds))
+        return options.batch * options.frames / seconds
+
+    return {"frames_per_s": {"painted": rate(unmasker.rollout), "codes": rate(unmasker.rollout_codes)}}
+
+
 def _untrained(config: train_dynamics.Config) -> tuple[ShortcutForcing, Source, PyTree]:
     """The objective, the data and the parameters of a tokenizer that has learned nothing."""
     source, tokenizer = train_dynamics.make_source(config), train_dynamics.untrained_tokenizer(config)
@@ -268,6 +314,7 @@ BENCHMARKS = {
     "video_tokenizer": (VideoTokenizerBenchmark, benchmark_tokenizer),
     "dynamics": (DynamicsBenchmark, benchmark_dynamics),
     "generate": (GenerateBenchmark, benchmark_generate),
+    "unmask": (UnmaskBenchmark, benchmark_unmask),
 }
 
 

@@ -43,3 +43,9 @@ def test_the_benchmark_of_dreams_reports_each_context_with_and_without_the_cache
     for rates in figures["frames_per_s"].values():
         assert rates.keys() == {"4", "8"}
         assert min(rates.values()) > 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_codes_reports_frames_and_codes(tmp_path):
+    _, figures = benchmark(tmp_path, "unmask", "--t", "1", "--frames", "2", "--rounds", "1")
+    assert 0 < figures["frames_per_s"]["painted"] < 2 * figures["frames_per_s"]["codes"]
