@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from dreamer4.data.episodes import Column, Episode, Schema
@@ -26,6 +27,29 @@ from stores import ids_of, write_store
 DIGEST = "ab" * 32
 QUICK = ("--clips", "6", "--labelled-clips", "20", "--frames", "4")
 EPISODES = dict(zip([*ids_of("train", 3), *ids_of("validation")], [6, 7, 5, 9], strict=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilations(tmp_path_factory):
+    """The programs take much longer to compile than to run, and the reports of this file compile the same few."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+
+    def use(values):
+        compilation_cache.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+
+    use(options)
+    with pytest.MonkeyPatch.context() as patch:
+        quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+        patch.setattr(jax, "jit", quick)
+        yield
+    use(before)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +90,6 @@ def make_report(scripts, tmp_path_factory):
         config = {"data": data and str(data), "toy": toy, "train": {"seed": 0, "clip_length": 4}}
         params = {"book": np.asarray(MOVES, np.float32)}
         with pytest.MonkeyPatch.context() as patch:
-            # These programs take much longer to compile than to run.
-            quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-            patch.setattr(jax, "jit", quick)
             for name, function in {
                 "load_latent_action": lambda _: SimpleNamespace(model=model, params=params, config=config, step=7),
                 "find": lambda *_: Identity(7, DIGEST),

@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 import json
 import re
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dreamer4.errors import UserError
 from dreamer4.models.latent_action import infer
@@ -21,6 +23,29 @@ from dreamer4.train.logging import WALL_CLOCK
 from stores import ids_of, write_store
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilations(tmp_path_factory):
+    """The programs take much longer to compile than to run, and the runs of this file compile the same few."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+
+    def use(values):
+        compilation_cache.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+
+    use(options)
+    with pytest.MonkeyPatch.context() as patch:
+        quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+        patch.setattr(jax, "jit", quick)
+        yield
+    use(before)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +88,7 @@ def test_a_run_ends_well(finished, script):
     assert (finished / "samples" / "final.gif").exists()
     trained = load_latent_action(finished)
     clips = script.make_source(script.DEBUG).clips("validation", 2, 3)
-    ids = infer(trained.model, trained.params, to_float(clips.video)).ids
+    ids = jax.jit(lambda params: infer(trained.model, params, to_float(clips.video)).ids)(trained.params)
     assert ids.shape == (2, 2, 1)
     best = min((line for line in metrics(finished) if "eval/mse" in line), key=lambda line: line["eval/mse"])
     assert trained.step == best["step"]

@@ -65,7 +65,7 @@ def draw(model):
         noise = rng.normal(size=leaf.shape)
         if path[-1].key in ("kernel", "weight"):
             noise *= leaf.shape[-2] ** -0.5
-        return jnp.asarray(1 + 0.2 * noise if path[-1].key in ("scale", "gain") else noise, leaf.dtype)
+        return jnp.asarray((1 + 0.2 * noise if path[-1].key in ("scale", "gain") else noise).astype(leaf.dtype))
 
     shapes = jax.eval_shape(functools.partial(init_maskgit, model), jax.random.key(0))
     return jax.tree_util.tree_map_with_path(fill, shapes)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,8 @@ import pytest
 from dreamer4.nn.experts import Experts, load_balance, top_gates
 from dreamer4.nn.layers import SwiGLU, draw_kernels
 
-jit = jax.jit
+# These programs take much longer to compile than to run.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed, *shape):
@@ -22,7 +25,7 @@ def mixture():
     model, x = Experts(experts=3, chosen=2, hidden=10), normal(1, 2, 5, 6)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
-    return model, draw_kernels(zeros, jax.random.key(3)), x
+    return model, jit(draw_kernels)(zeros, jax.random.key(3)), x
 
 
 @pytest.mark.parametrize("chosen", [2, 3, 4])

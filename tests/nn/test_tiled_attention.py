@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,9 @@ import pytest
 
 from dreamer4.nn.attention import attend
 from dreamer4.nn.tiled_attention import SHORT
+
+# These programs take much longer to compile than to run.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def draw(queries, keys, batch=3, heads=2, kv_heads=2, width=4):
@@ -30,7 +35,7 @@ def test_it_is_plain_attention_and_has_its_gradients(lead, size):
             mixed = attend(*inputs, mask, kernel=kernel)
             return jnp.sum(jnp.sin(mixed) * jnp.arange(mixed.size).reshape(mixed.shape) / mixed.size), mixed
 
-        return jax.jit(jax.value_and_grad(weighed, has_aux=True))
+        return jit(jax.value_and_grad(weighed, has_aux=True))
 
     inputs = draw(*size)
     found, expected = of("tiled")(inputs), of("plain")(inputs)
@@ -40,7 +45,8 @@ def test_it_is_plain_attention_and_has_its_gradients(lead, size):
 def test_keys_are_shared_by_heads_and_half_precision_stays():
     query, key, value = (x.astype(jnp.bfloat16) for x in draw(9, 12, heads=4, kv_heads=2))
     mask = masks(9, 12, 1)[0]
-    found, expected = (attend(query, key, value, mask, kernel=kernel) for kernel in ("tiled", "plain"))
+    kernels = ("tiled", "plain")
+    found, expected = jit(lambda *x: [attend(*x, mask, kernel=kernel) for kernel in kernels])(query, key, value)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.02)
 

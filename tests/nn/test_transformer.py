@@ -45,13 +45,13 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 def tokens(batch=2, time=7, layout=LAYOUT):
     values = np.random.default_rng(0).normal(size=(batch, time, layout.tokens, WIDTH))
-    return jnp.asarray(values, jnp.float32)
+    return jnp.asarray(values.astype(np.float32))
 
 
 def condition_of(config, x):
     """Something to tell each time step of ``x``, where the config says that there is."""
     told = np.random.default_rng(4).normal(size=(x.shape[0], 9, WIDTH))[:, : x.shape[1]]
-    return None if config.condition == "none" else jnp.asarray(told, jnp.float32)
+    return None if config.condition == "none" else jnp.asarray(told.astype(np.float32))
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def build(config=CONFIG, layout=LAYOUT):
         noise = rng.normal(size=leaf.shape)
         matrix = path[-1].key in ("kernel", "weight")
         value = noise * leaf.shape[-2] ** -0.5 if matrix else 1 + 0.2 * noise
-        return jnp.asarray(value, leaf.dtype)
+        return jnp.asarray(value.astype(leaf.dtype))
 
     one = tokens(1, 1, layout)
     shapes = jax.eval_shape(model.init, jax.random.key(0), one, condition=condition_of(config, one))["params"]
@@ -74,15 +74,38 @@ def apply(model, params, x, cache=None, starts=None, condition=None):
     return model.apply({"params": params}, x, cache, starts, condition)
 
 
-run = jit(apply, static_argnums=0)
+def cubed(model, params, x, condition=None):
+    return jnp.sum(apply(model, params, x, condition=condition)[0] ** 3)
+
+
+def block(config, params, x):
+    return SuperBlock(config, LAYOUT).apply({"params": params}, x, None, make_sight(config, x.shape[1]))
+
+
+# Models and shapes are those of other tests wherever they can be, so that each program is compiled once.
+program, run_block, gradient = (jit(f, static_argnums=0) for f in (apply, block, jax.grad(cubed, 1)))
+
+
+def run(model, params, x, cache=None, starts=None, condition=None):
+    return program(model, params, x, cache, starts, condition)  # all told, since what is left out is another program
+
+
+def layer_of(params, i):
+    """The parameters of superblock ``i`` alone."""
+    return jax.tree.map(lambda p: jnp.asarray(np.asarray(p)[i]), params["blocks"])
+
+
+def normalised(x):
+    x = np.asarray(x)
+    return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6)
 
 
 def influence(config, time):
     """How much each input token (T, S) moves each output token (T, S): a (T, S, T, S) array of gradient sizes."""
     model, params = build(config)
-    direction = jnp.asarray(np.random.default_rng(9).normal(size=WIDTH), jnp.float32)
+    direction = np.random.default_rng(9).normal(size=WIDTH).astype(np.float32)
     jacobian = jit(jax.jacrev(lambda x: apply(model, params, x)[0][0] @ direction))
-    return np.abs(jacobian(tokens(1, time))[:, :, 0]).sum(-1)
+    return np.abs(np.asarray(jacobian(tokens(1, time)))[:, :, 0]).sum(-1)
 
 
 def test_layout_says_who_reads_whom():
@@ -120,10 +143,10 @@ def test_tokens_attend_over_time_to_their_own_past_alone():
 
 
 def test_tokens_that_do_not_attend_over_time_pass_unchanged():
-    params = jax.tree.map(lambda p: p[0], build(TIME_LAYER)[1]["blocks"])
+    params = layer_of(build(TIME_LAYER)[1], 0)
     params["time"]["mlp"]["down"]["kernel"] *= 0  # leaves the attention sub-layer alone
-    x = tokens()
-    out, _ = jit(SuperBlock(TIME_LAYER, LAYOUT).apply)({"params": params}, x, None, make_sight(CONFIG, x.shape[1]))
+    x = np.asarray(tokens())
+    out = np.asarray(run_block(TIME_LAYER, params, x)[0])
     np.testing.assert_array_equal(out[:, :, 3:], x[:, :, 3:])
     assert (np.abs(out[:, :, :3] - x[:, :, :3]).max(axis=(0, 1, 3)) > 1e-3).all()
 
@@ -131,15 +154,16 @@ def test_tokens_that_do_not_attend_over_time_pass_unchanged():
 @pytest.mark.parametrize(
     ("config", "chunks"),
     [
-        *((dataclasses.replace(CONFIG, kv_heads=1), chunks) for chunks in ([1] * 8, [4, 1, 3], [8])),
+        (dataclasses.replace(CONFIG, kv_heads=1), [1, 5, 1, 1]),  # 5 frames are more than the ring holds
         (LEARNED, [4, 4]),
         (ALIBI, [1] * 8),
     ],
 )
 def test_cached_equals_uncached_past_the_ring_s_end(config, chunks):
     model, params = build(config)
-    x = tokens(time=8)  # the ring of 3 wraps twice
+    x = np.asarray(tokens(time=8))  # the ring of 3 wraps twice
     told = condition_of(config, x)
+    told = None if told is None else np.asarray(told)
     whole, _ = run(model, params, x, condition=told)
     cache, parts, start = empty_cache(config, LAYOUT, 2), [], 0
     for count in chunks:
@@ -155,24 +179,16 @@ def test_scan_equals_a_loop_over_superblocks():
     model, params = build()
     x = tokens()
     expected, _ = run(model, params, x)
-    run_block = jit(SuperBlock(CONFIG, LAYOUT).apply)
     for i in range(CONFIG.superblocks):
-        x, _ = run_block(
-            {"params": jax.tree.map(lambda p, i=i: p[i], params["blocks"])}, x, None, make_sight(CONFIG, x.shape[1])
-        )
-    normed = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6) * params["norm"]["scale"]
-    np.testing.assert_allclose(normed, expected, atol=1e-5)
+        x, _ = run_block(CONFIG, layer_of(params, i), x)
+    np.testing.assert_allclose(normalised(x) * params["norm"]["scale"], expected, atol=1e-5)
 
 
 def test_remat_changes_memory_not_gradients():
     model, params = build(TIME_LAYER)
     again = Transformer(dataclasses.replace(TIME_LAYER, remat=True), LAYOUT)
     x = tokens(1, 4)
-
-    def gradient(m):
-        return jit(jax.grad(lambda p: jnp.sum(apply(m, p, x)[0] ** 3)))
-
-    for a, b in zip(*(jax.tree.leaves(gradient(m)(params)) for m in (model, again)), strict=True):
+    for a, b in zip(*(jax.tree.leaves(gradient(m, params, x)) for m in (model, again)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     recomputed = ["remat" in str(jax.make_jaxpr(lambda p, m=m: apply(m, p, x)[0])(params)) for m in (model, again)]
     assert recomputed == [False, True]
@@ -262,15 +278,16 @@ def test_no_frame_sees_past_the_start_of_its_clip(config):
     starts = np.zeros(x.shape[:2], bool)
     for b, cut in enumerate(cuts):
         starts[b, list(cut)] = True
-    found, _ = run(model, params, x, None, jnp.asarray(starts), told)
+    found = np.asarray(run(model, params, x, None, jnp.asarray(starts), told)[0])
+
+    def only(values, b, start):
+        """This clip from a step on, at the front: its steps do not see what follows them, so that may be anything."""
+        return None if values is None else np.roll(values, (-b, -start), (0, 1))
+
     for b, cut in enumerate(cuts):
         for start, end in zip((0, *cut), (*cut, 7), strict=True):
-            # A clip's first frames do not see what follows them, so they may be padded to one length.
-            padding = ((0, 0), (0, 4 - (end - start)), (0, 0), (0, 0))
-            part = jnp.pad(x[b : b + 1, start:end], padding)
-            own = None if told is None else jnp.pad(told[b : b + 1, start:end], padding[:3])
-            alone = run(model, params, part, condition=own)[0][0, : end - start]
-            np.testing.assert_allclose(found[b, start:end], alone, atol=1e-5)
+            alone = run(model, params, only(x, b, start), condition=only(told, b, start))[0]
+            np.testing.assert_allclose(found[b, start:end], alone[0, : end - start], atol=1e-5)
     assert np.abs(found - run(model, params, x, condition=told)[0])[starts].max() > 1e-2
 
 
@@ -282,7 +299,8 @@ def test_frames_after_a_cache_cannot_start_anew():
 
 def test_who_sees_whom_after_a_cache():
     cache = dataclasses.replace(empty_cache(CONFIG, LAYOUT, 1), frame=jnp.asarray(4))
-    sight = make_sight(CONFIG, 2, cache)  # frames 4 and 5; the ring of 3 holds frames 3, 1 and 2 in its slots
+    # Frames 4 and 5; the ring of 3 holds frames 3, 1 and 2 in its slots.
+    sight = jit(lambda cache: make_sight(CONFIG, 2, cache))(cache)
     np.testing.assert_array_equal(sight.past[0], [[True, False, True], [True, False, False]])
     np.testing.assert_array_equal(sight.now[0], [[True, False], [True, True]])
 
@@ -291,11 +309,15 @@ def test_looking_back_starts_at_the_step_before():
     time, config = 6, dataclasses.replace(TIME_LAYER, context=6)
     params = look_back(config, build(config)[1])["blocks"]["time"]["attention"]
     attention = Attention(config)
-    x = jnp.broadcast_to(tokens(3, 1)[:, :, 0], (3, time, WIDTH))  # tokens that stay as they are, and their place alone
-    angles = time_angles(jnp.arange(time), config.head_width)
-    first = {"params": jax.tree.map(lambda p: p[0], params)}
-    query, key, _ = attention.apply(first, x, angles, method=Attention.project)
-    logits = jnp.where(np.tri(time, dtype=bool), jnp.einsum("bqhk,blhk->bhql", query, key), -jnp.inf)
+    x = np.repeat(tokens(3, 1)[:, :, 0], time, axis=1)  # tokens that stay as they are, and their place alone
+
+    @jit
+    def project(params):
+        angles = time_angles(jnp.arange(time), config.head_width)
+        return attention.apply({"params": params}, x, angles, method=Attention.project)
+
+    query, key, _ = project(jax.tree.map(lambda p: np.asarray(p)[0], params))
+    logits = np.where(np.tri(time, dtype=bool), np.einsum("bqhk,blhk->bhql", query, key), -np.inf)
     assert (logits.argmax(-1)[:, :, 1:] == np.arange(time - 1)).all()
 
 
@@ -340,19 +362,18 @@ def started(config):
 
 
 def test_film_starts_without_a_condition():
-    plain, params, x, _ = started(ONE_BLOCK)
-    film, more, _, told = started(dataclasses.replace(ONE_BLOCK, condition="film"))
-    for name, layer in params["blocks"].items():
-        more["blocks"][name] |= layer
-    np.testing.assert_allclose(run(film, more, x, condition=told)[0], run(plain, params, x)[0], atol=1e-6)
+    film, params, x, told = started(dataclasses.replace(ONE_BLOCK, condition="film"))
+    layers = {name: {k: v for k, v in x.items() if k != "modulation"} for name, x in params["blocks"].items()}
+    expected = run(build(ONE_BLOCK)[0], params | {"blocks": layers}, x)[0]
+    np.testing.assert_allclose(run(film, params, x, condition=told)[0], expected, atol=1e-6)
 
 
 def test_gated_layers_start_as_the_identity():
     model, params, x, told = started(dataclasses.replace(ONE_BLOCK, condition="adaln_zero"))
     out, _ = run(model, params, x, condition=told)
-    np.testing.assert_allclose(out, x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6), atol=1e-5)
+    np.testing.assert_allclose(out, normalised(x), atol=1e-5)
     # The gates learn from the first step on, and then all else.
-    grads = jit(jax.grad(lambda p: jnp.sum(apply(model, p, x, condition=told)[0] ** 3)))(params)["blocks"]["time"]
+    grads = jax.tree.map(np.asarray, gradient(model, params, x, told)["blocks"]["time"])
     gates = grads["modulation"]["weight"].reshape(WIDTH, 2, 3, WIDTH)
     assert np.abs(gates[:, :, 2]).max(axis=(0, 2)).all()
     assert not gates[:, :, :2].any()
@@ -363,18 +384,17 @@ def test_gated_layers_start_as_the_identity():
 def test_what_a_step_is_told_reaches_all_its_tokens_and_no_step_before(condition):
     config = dataclasses.replace(ONE_BLOCK, condition=condition)
     model, params = build(config)
-    x = tokens(1, 4)
-    told = condition_of(config, x)
-    expected = run(model, params, x, condition=told)[0]
-    moved = np.abs(run(model, params, x, condition=told.at[:, 2].add(1.0))[0] - expected).max(-1)[0]
+    x = tokens()
+    told = np.asarray(condition_of(config, x))
+    other = told + np.eye(7, dtype=np.float32)[2, :, None]
+    moved = np.abs(np.subtract(*(run(model, params, x, condition=c)[0] for c in (other, told)))).max(-1)[0]
     assert (moved[2] > 1e-2).all()
     assert moved[3, :3].all()
     assert not moved[3, 3:].any()  # patches have no past
     assert not moved[:2].any()
     # In each layer it scales and shifts, and gates, attention and MLP.
-    grads = jit(jax.grad(lambda p: jnp.sum(apply(model, p, x, condition=told)[0] ** 3)))(params)["blocks"]
-    for layer in grads.values():
-        changes = layer["modulation"]["weight"].reshape(WIDTH, -1, WIDTH)
+    for layer in gradient(model, params, x, told)["blocks"].values():
+        changes = np.asarray(layer["modulation"]["weight"]).reshape(WIDTH, -1, WIDTH)
         assert (np.abs(changes).max(axis=(0, 2)) > 1e-3).all()
 
 
@@ -389,15 +409,13 @@ def test_a_condition_must_be_given_where_one_is_said(config, given):
 def test_the_balance_is_the_mean_over_the_layers():
     config = dataclasses.replace(CONFIG, experts=3)
     model, params = build(config)
-    x = tokens()
-    expected, _ = run(model, params, x)
+    x, balances = tokens(), []
     out, cache, balance = jit(lambda p: model.apply({"params": p}, x, method=Transformer.with_balance))(params)
     assert cache is None
-    np.testing.assert_allclose(out, expected, atol=1e-5)
-    run_block, sight, balances = jit(SuperBlock(config, LAYOUT).apply), make_sight(config, x.shape[1]), []
     for i in range(config.superblocks):
-        x, (_, one) = run_block({"params": jax.tree.map(lambda p, i=i: p[i], params["blocks"])}, x, None, sight)
+        x, (_, one) = run_block(config, layer_of(params, i), x)
         balances.append(float(one))
+    np.testing.assert_allclose(out, normalised(x) * params["norm"]["scale"], atol=1e-5)
     assert balances[0] != pytest.approx(balances[1], abs=1e-4)
     assert float(balance) == pytest.approx(np.mean(balances), abs=1e-5)
 
@@ -425,6 +443,8 @@ def test_models_that_do_not_know_the_options_refuse_them(kind):
         ({"kv_heads": 3}, "3 must divide the number of heads, 2"),
         ({"depth": 3}, "3 layers must be a multiple of time_every, 2"),
         ({"kernel": "fused"}, "no soft cap"),
+        ({"kernel": "tiled"}, "no soft cap"),
+        ({"kernel": "tiled", "soft_cap": None, "positions": "alibi"}, "alibi found, rotary expected"),
         ({"heads": 0}, "heads: 0 found, 1 or more expected"),
         ({"time_every": 0}, "time_every: 0 found"),
         ({"context": 0}, "context: 0 found"),  # a mask without any True

@@ -44,7 +44,7 @@ def draw(init, model):
         noise = rng.normal(size=leaf.shape)
         if path[-1].key in ("kernel", "weight"):
             noise *= leaf.shape[-2] ** -0.5
-        return jnp.asarray(1 + 0.2 * noise if path[-1].key in ("scale", "gain") else noise, leaf.dtype)
+        return jnp.asarray((1 + 0.2 * noise if path[-1].key in ("scale", "gain") else noise).astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(functools.partial(init, model), jax.random.key(0)))
 
@@ -144,13 +144,18 @@ def by_hand(unmasker, frames, key):
     ids, masked, seen = np.zeros((BATCH, frames, TOKENS), int), np.ones((BATCH, frames, TOKENS), bool), []
     counts = schedule_counts(unmasker.schedule, frames * TOKENS, steps)
     order = halton_order(model.grid)
+
+    @jit
+    def judge(ids, masked, key):
+        logits = predicted(fsq_codes(FSQ, ids), masked)
+        pick_key, noise_key = jax.random.split(key)
+        picked = model.pick(logits, pick_key, unmasker.temperature)
+        return picked, model.log_prob(logits, picked), jax.random.gumbel(noise_key, picked.shape)
+
     for t, step_key in enumerate(jax.random.split(key, steps)):
         seen.append((masked.copy(), ids.copy()))
-        logits = predicted(fsq_codes(FSQ, jnp.asarray(ids)), jnp.asarray(masked))
-        pick_key, noise_key = jax.random.split(step_key)
-        picked = np.asarray(model.pick(logits, pick_key, unmasker.temperature))
-        sure = np.asarray(model.log_prob(logits, jnp.asarray(picked)))
-        sure = sure + unmasker.noise * (1 - t / steps) * np.asarray(jax.random.gumbel(noise_key, sure.shape))
+        picked, sure, noise = (np.asarray(x) for x in judge(ids, masked, step_key))
+        sure = sure + unmasker.noise * (1 - t / steps) * noise
         for b in range(BATCH):
             hidden = [tuple(x) for x in np.argwhere(masked[b])]
             turn = {x: (order[x[1]], x[0]) if unmasker.schedule == "halton" else -sure[(b, *x)] for x in hidden}
@@ -210,13 +215,18 @@ def test_cached_equals_uncached_where_two_frames_are_told_at_once_and_one_is_lef
 
 
 def test_logits_with_a_cache_are_those_without(params):
-    ids = jnp.asarray(np.random.default_rng(5).integers(0, 6, (BATCH, TOTAL, TOKENS)))
-    codes, known = fsq_codes(FSQ, ids), jnp.ones((BATCH, TOTAL), bool)
-    masked = jnp.zeros(ids.shape, bool).at[:, -2:, ::2].set(True)
-    whole = jit(UNMASKER.apply)(params, codes, masked, between(0), known)[0]
-    state = jit(UNMASKER.commit)(params, UNMASKER.blank(BATCH, key()), codes[:, :-2], between(0, TOTAL - 2))
-    last = jit(UNMASKER.apply)(params, codes[:, -2:], masked[:, -2:], between(TOTAL - 2), known[:, -2:], state.cache)[0]
-    np.testing.assert_allclose(last, whole[:, -2:], atol=1e-4)
+    apply, part = jit(UNMASKER.apply), 2
+    total = 4 * part  # more than twice the ring of 3
+    ids = np.random.default_rng(5).integers(0, 6, (BATCH, total, TOKENS))
+    codes, known = np.asarray(jit(lambda ids: fsq_codes(FSQ, ids))(ids)), np.ones((BATCH, total), bool)
+    masked = np.zeros(ids.shape, bool)
+    masked[:, -part:, ::2] = True
+    whole = apply(params, codes, masked, between(0, total), known)[0]
+    cache = UNMASKER.blank(BATCH, key()).cache
+    for start in range(0, total, part):
+        now = slice(start, start + part)
+        last, cache = apply(params, codes[:, now], masked[:, now], between(start, start + part), known[:, now], cache)
+    np.testing.assert_allclose(last, whole[:, -part:], atol=1e-4)
     assert np.abs(last).mean() > 0.1
 
 
