@@ -145,7 +145,7 @@ def evaluate(options: Options) -> None:
     Console().print(table(report))
     if (control := steer(make(film_k), params, clips, horizon, key)) is not None:
         report |= {"control": control}
-        print(f"NMI of the code held for {HELD} frames and where the dreamt square goes: {control['nmi']:.2f}")
+        print(f"NMI of the code held for {HELD} frames and where the dreamt square went: {control['nmi']:.2f}")
     truth = to_float(clips.video[:SHOWN])
     write(out, finite(report), np.asarray(film(truth, jnp.asarray(dreams[film_k]))))
     if options.codes:
@@ -337,9 +337,10 @@ def follow(dreamer: Dreamer, params: PyTree, states: list[State], codes: Sequenc
 
 def steer(dreamer: Dreamer, params: PyTree, clips: Batch, horizon: Horizon, key: PRNGKeyArray) -> dict[str, Any] | None:
     """How far one code leads one way: every clip's context is continued for ``HELD`` frames under each code, and where
-    the square goes from frame to frame is read off the pictures. None but for one latent code and the toy world.
+    that has brought the square is read off the pictures. None but for one latent code and the toy world.
 
     ``nmi`` is of the codes and the directions (``directions`` counts them by code: stood, up, down, left, right).
+    ``nmi_each`` is of the directions from frame to frame, those of squares that a code drives into a wall included.
     """
     space = dreamer.dynamics.actions
     if len(space) != 1 or not space[0].inferred or not {"side", "color", "background"} <= clips.state.keys():
@@ -347,7 +348,7 @@ def steer(dreamer: Dreamer, params: PyTree, clips: Batch, horizon: Horizon, key:
     (code,) = space
     start = horizon.context
 
-    def moved(params: PyTree, clips: Batch, held: Array) -> Int[Array, "B HELD"]:
+    def moved(params: PyTree, clips: Batch, held: Array) -> tuple[Int[Array, " B"], Int[Array, "B HELD"]]:
         state = {name: jnp.asarray(clips.state[name])[:, start - 1] for name in ("side", "color", "background")}
         past = jnp.asarray(clips.action[code.name])[:, :start]
         actions = jnp.concatenate([past, jnp.full((len(past), HELD), held, past.dtype)], axis=1)
@@ -356,16 +357,18 @@ def steer(dreamer: Dreamer, params: PyTree, clips: Batch, horizon: Horizon, key:
         like = functools.partial(jnp.repeat, repeats=HELD + 1, axis=1)
         side, color = state["side"][:, :1], state["color"][:, :1]
         place = locate(frames, like(side), like(color), like(state["background"][:, None]))
-        return direction(jnp.diff(place, axis=1))
+        return direction(place[:, -1] - place[:, 0]), direction(jnp.diff(place, axis=1))
 
     @jax.jit
-    def directions(params: PyTree, clips: Batch, codes: Array) -> Int[Array, "codes B HELD"]:
+    def directions(params: PyTree, clips: Batch, codes: Array) -> tuple[Array, Array]:
         return jax.lax.map(functools.partial(moved, params, clips), codes)
 
-    found = np.asarray(directions(params, clips, jnp.arange(code.size)))
-    table = [np.bincount(row.reshape(-1), minlength=5).tolist() for row in found]
-    codes = np.repeat(np.arange(code.size), found[0].size)
-    return {"nmi": nmi(codes, found.reshape(-1)), "directions": table}
+    whole, each = (np.asarray(x) for x in directions(params, clips, jnp.arange(code.size)))
+    told = {
+        name: nmi(np.repeat(np.arange(code.size), x[0].size), x.reshape(-1))
+        for name, x in (("nmi", whole), ("nmi_each", each))
+    }
+    return told | {"directions": [np.bincount(row, minlength=5).tolist() for row in whole]}
 
 
 def direction(move: Float[Array, "*lead 2"]) -> Int[Array, "*lead"]:

@@ -92,7 +92,14 @@ def first(train, tmp_path_factory):
 def fitted(script, monkeypatch):
     """Runs end where their training would begin; the tokenizers' parameters that they would train on."""
     frozen = []
-    monkeypatch.setattr(cli, "fit", lambda *_, **options: frozen.append(options["frozen"]))
+
+    def fit(objective, *arguments, **options):
+        if isinstance(objective, script.ShortcutForcing):
+            frozen.append(options["frozen"])
+        else:
+            fit_module.fit(objective, *arguments, **options)
+
+    monkeypatch.setattr(cli, "fit", fit)
     return frozen
 
 
@@ -232,7 +239,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(script, train, first, tmp
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(*command, "--run-dir", whole)
     with monkeypatch.context() as patch:
-        patch.setattr(script, "open_sinks", lambda *_: [Terminate(2)])
+        patch.setattr(cli, "open_sinks", lambda *_: [Terminate(2)])
         with pytest.raises(Stopped):
             train(*command, "--run-dir", broken)
     assert 2 <= find(broken).step < STEPS
