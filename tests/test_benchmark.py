@@ -18,12 +18,13 @@ def benchmark(folder, *arguments):
     return ended.stdout, json.loads((folder / "figures.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "preset", "shapes"),
     [
         ("tokenizer", "debug", 1),
-        pytest.param("video_tokenizer", "tinyworlds-debug", 1, marks=pytest.mark.slow),
-        pytest.param("dynamics", "debug", 2, marks=pytest.mark.slow),
+        ("video_tokenizer", "tinyworlds-debug", 1),
+        ("dynamics", "debug", 2),
     ],
 )
 def test_the_benchmark_reports_one_compilation_for_each_shape_of_batch(tmp_path, model, preset, shapes):

@@ -68,6 +68,7 @@ def compared(compare, runs, tmp_path_factory):
     return SimpleNamespace(out=out, report=json.loads((out / "comparison.json").read_text()))
 
 
+@pytest.mark.slow
 def test_each_run_has_its_figures_on_the_same_clips(compared, runs):
     latents, codes = (compared.report["runs"][str(run)] for run in runs)
     assert [latents["kind"], codes["kind"]] == ["latents", "codes"]
@@ -85,6 +86,7 @@ def test_each_run_has_its_figures_on_the_same_clips(compared, runs):
     assert compared.report["options"].items() >= {"clips": 4, "split": "validation", "seed": 0, "data": None}.items()
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_run(scripts, compared, runs):
     options = tyro.cli(scripts.compare.Options, args=[str(a) for a in (*runs, *QUICK)])
     made = scripts.compare.table(compared.report["runs"], options)
@@ -94,6 +96,7 @@ def test_the_table_has_a_row_for_each_run(scripts, compared, runs):
     assert columns["PSNR dB"] == [f"{compared.report['runs'][str(run)]['psnr']:.2f}" for run in runs]
 
 
+@pytest.mark.slow
 def test_the_film_has_the_truth_above_a_row_for_each_run(scripts, compared):
     frames = imageio.imread(compared.out / "comparison.gif", index=None)
     assert len(frames) == 6
