@@ -232,7 +232,7 @@ def quick_evaluation(script, monkeypatch):
     monkeypatch.setattr(script.ShortcutForcing, "pictures", lambda self, params, frozen, clips, key: clips.video[0] / 1)
 
 
-@pytest.mark.parametrize("corpus", [8, 0])
+@pytest.mark.parametrize("corpus", [8, pytest.param(0, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("quick_evaluation")
 def test_an_interrupted_run_ends_as_if_it_had_not_been(script, train, first, tmp_path, monkeypatch, corpus):
     command = (*SHORT, "--tokenizer", first.tokenizer, "--corpus", corpus)

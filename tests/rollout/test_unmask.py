@@ -208,6 +208,7 @@ def test_cached_equals_uncached(params, state):
     np.testing.assert_allclose(video, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cached_equals_uncached_where_two_frames_are_told_at_once_and_one_is_left_over(params):
     _, expected = uncached(AT_ONCE, params, key())
     video = jit(AT_ONCE.dream)(params, CLIPS.video[:, :2], between(0), key())

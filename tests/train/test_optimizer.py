@@ -291,6 +291,7 @@ class Darken:
         raise NotImplementedError
 
 
+@pytest.mark.slow
 def test_sophia_trains_a_transformer_and_comes_back_from_a_checkpoint(tmp_path):
     objective = Darken()
     optimizer = make_optimizer(OptimizerConfig(name="sophia", learning_rate=3e-3, warmup_steps=0), 60)
