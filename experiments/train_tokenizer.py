@@ -227,7 +227,8 @@ TINYWORLDS_REFERENCE = Config(
     masking=MaskingConfig(ceiling=0.0),
     train=TrainConfig(batch_size=8, clip_length=4, eval_length=4),
 )
-"""``uv run experiments/benchmark.py video_tokenizer`` measures it. Not tuned for quality."""
+"""``uv run experiments/benchmark.py video_tokenizer`` measures it: 278 frames/s on two quiet cores (EPYC). Not tuned
+for quality."""
 
 PRESETS = {
     "toy": ("bouncing squares, minutes on two cores (default)", TOY),
