@@ -21,7 +21,7 @@ from dreamer4.config import to_json
 from dreamer4.data.episodes import Split
 from dreamer4.errors import UserError
 from dreamer4.models.patches import to_float
-from dreamer4.nn.transformer import parameter_count
+from dreamer4.nn.counts import parameter_count
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.runs import TrainedMaskGIT
 from dreamer4.train.cli import main

@@ -23,7 +23,8 @@ from dreamer4.errors import UserError
 from dreamer4.models.dynamics import Dynamics, DynamicsConfig, dynamics_flops
 from dreamer4.models.tokenizer import Tokenizer, init_tokenizer, tokenizer_flops
 from dreamer4.models.video_tokenizer import VideoTokenizer
-from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_bytes
+from dreamer4.nn.counts import parameter_count, tree_bytes
+from dreamer4.nn.transformer import TransformerConfig
 from dreamer4.objectives.shortcut_forcing import ForcingConfig, ShortcutForcing
 from dreamer4.rollout.denoise import check_steps
 from dreamer4.rollout.evaluation import Horizon

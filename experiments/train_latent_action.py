@@ -21,7 +21,8 @@ from dreamer4.errors import UserError
 from dreamer4.models.latent_action import LatentActionConfig, PairConfig
 from dreamer4.models.sequence_latent_action import SequenceConfig
 from dreamer4.nn.quantizers import FSQConfig, VQConfig
-from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_bytes
+from dreamer4.nn.counts import parameter_count, tree_bytes
+from dreamer4.nn.transformer import TransformerConfig
 from dreamer4.objectives.latent_action import LatentActionLearning, LatentActionWeights
 from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
 from dreamer4.train.fit import Source, TrainConfig, make_program

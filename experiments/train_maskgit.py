@@ -25,7 +25,8 @@ from dreamer4.errors import UserError
 from dreamer4.models.maskgit import MaskGIT, MaskGITConfig, maskgit_flops
 from dreamer4.models.patches import to_float
 from dreamer4.models.video_tokenizer import VideoTokenizer, encode_video, init_video_tokenizer
-from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_bytes
+from dreamer4.nn.counts import parameter_count, tree_bytes
+from dreamer4.nn.transformer import TransformerConfig
 from dreamer4.objectives.maskgit import MaskedTokens, MaskedTokensConfig, Sampling
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.runs import TrainedVideoTokenizer, load_video_tokenizer

@@ -25,9 +25,10 @@ from dreamer4.models.video_tokenizer import (
     VideoTokenizerConfig,
     video_tokenizer_flops,
 )
+from dreamer4.nn.counts import parameter_count, tree_bytes
 from dreamer4.nn.perceptual import Net, available, load_weights, lpips
 from dreamer4.nn.quantizers import FSQConfig
-from dreamer4.nn.transformer import TransformerConfig, parameter_count, tree_bytes
+from dreamer4.nn.transformer import TransformerConfig
 from dreamer4.objectives.masked_autoencoding import MaskedAutoencoding, MaskingConfig, Perceptual
 from dreamer4.train.checkpoint import find
 from dreamer4.train.cli import RunOptions, choose_preset, main, train_in

@@ -20,18 +20,11 @@ from dreamer4.errors import UserError
 from dreamer4.models.actions import action_tables, embed_actions
 from dreamer4.models.patches import sinusoids
 from dreamer4.nn.attention import KVCache
+from dreamer4.nn.counts import transformer_flops
 from dreamer4.nn.layers import Linear, draw_kernels
-from dreamer4.nn.transformer import (
-    Layout,
-    Modality,
-    Transformer,
-    TransformerConfig,
-    aligned_start,
-    empty_cache,
-    look_back,
-    refuse_experts_and_condition,
-    transformer_flops,
-)
+from dreamer4.nn.layout import Layout, Modality
+from dreamer4.nn.starts import aligned_start, look_back
+from dreamer4.nn.transformer import Transformer, TransformerConfig, empty_cache, refuse_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +55,7 @@ class DynamicsConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "spatial", "k_max")
         at_least(0, self, "registers", "agents", "context_noise")
-        refuse_experts_and_condition(self.transformer, "dynamics")
+        refuse_options(self.transformer, "dynamics")
         if self.context_noise > 1:
             raise UserError(f"context_noise: {self.context_noise} found, 1 or less expected")
         if self.latent_scale <= 0 or (self.latent_deviation or 1) <= 0:

@@ -15,22 +15,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dreamer4.batch import Actions, ActionSpace
-from dreamer4.errors import UserError
 from dreamer4.models.actions import action_tables, embed_actions
 from dreamer4.models.patches import sinusoids
 from dreamer4.nn.attention import KVCache
+from dreamer4.nn.counts import transformer_flops
 from dreamer4.nn.layers import Linear, draw_kernels
+from dreamer4.nn.layout import Layout, Modality
 from dreamer4.nn.quantizers import FSQConfig
-from dreamer4.nn.transformer import (
-    Layout,
-    Modality,
-    Transformer,
-    TransformerConfig,
-    aligned_start,
-    empty_cache,
-    look_back,
-    transformer_flops,
-)
+from dreamer4.nn.starts import aligned_start, look_back
+from dreamer4.nn.transformer import Transformer, TransformerConfig, empty_cache, refuse_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +37,8 @@ class MaskGITConfig:
     transformer: TransformerConfig = TransformerConfig(depth=8, time_every=2, condition="film")
 
     def __post_init__(self) -> None:
-        if self.transformer.condition == "none":
-            raise UserError("transformer.condition: none found, film or adaln_zero expected, by which actions are told")
+        # Actions are told by changing every layer: a code is a token, and what led to it is none.
+        refuse_options(self.transformer, "dynamics of codes", conditions=("film", "adaln_zero"), experts=True)
 
 
 class MaskGIT(nn.Module):

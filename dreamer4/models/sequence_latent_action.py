@@ -17,18 +17,12 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from dreamer4.config import at_least
 from dreamer4.errors import UserError
 from dreamer4.models.patches import cosine_basis, patch_grid, patchify, sinusoids, unpatchify
+from dreamer4.nn.counts import transformer_flops
 from dreamer4.nn.layers import Linear, draw_kernels
+from dreamer4.nn.layout import Layout, Modality
 from dreamer4.nn.quantizers import FSQConfig, VQConfig
-from dreamer4.nn.transformer import (
-    Layout,
-    Modality,
-    Transformer,
-    TransformerConfig,
-    aligned_start,
-    look_back,
-    refuse_experts_and_condition,
-    transformer_flops,
-)
+from dreamer4.nn.starts import aligned_start, look_back
+from dreamer4.nn.transformer import Transformer, TransformerConfig, refuse_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +53,7 @@ class SequenceConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "patch", "code_width")
         at_least(0, self, "masked", "variance_weight", "variance_target")
-        refuse_experts_and_condition(self.transformer, "sequence model")
+        refuse_options(self.transformer, "sequence model")
         if self.masked > 1:
             raise UserError(f"masked: {self.masked} found, 1 or less expected")
         if self.odd and self.window != "pair":

@@ -17,17 +17,11 @@ from jaxtyping import Array, Bool, Float, PyTree
 from dreamer4.config import at_least
 from dreamer4.models.patches import cosine_basis, patch_grid, patchify, sinusoids, unpatchify
 from dreamer4.nn.attention import KVCache
+from dreamer4.nn.counts import transformer_flops
 from dreamer4.nn.layers import Linear, draw_kernels
-from dreamer4.nn.transformer import (
-    Layout,
-    Modality,
-    Transformer,
-    TransformerConfig,
-    aligned_start,
-    empty_cache,
-    refuse_experts_and_condition,
-    transformer_flops,
-)
+from dreamer4.nn.layout import Layout, Modality
+from dreamer4.nn.starts import aligned_start
+from dreamer4.nn.transformer import Transformer, TransformerConfig, empty_cache, refuse_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +41,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "patch", "latents", "bottleneck")
-        refuse_experts_and_condition(self.transformer, "tokenizer")
+        refuse_options(self.transformer, "tokenizer")
 
 
 class Tokenizer(nn.Module):

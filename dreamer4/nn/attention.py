@@ -33,8 +33,9 @@ def attend(
     ``past`` is a cache's keys and values, heads first, and their mask: attended to as if they stood before the others.
     Logits and softmax are float32. ``soft_cap`` c bounds the logits smoothly: ``c tanh(logits / c)``. ``bias`` is added
     after that, (Hq, Q, L), or (Hq, Q, W + L) with a past. The ``fused`` kernel (cuDNN, half precision, not over a past)
-    knows no soft cap; ``auto`` takes it in half precision on a GPU without a cap. The ``tiled`` kernel, for small heads
-    on a CPU, knows neither a cap nor a bias, and leaves attention over a past to the plain one.
+    knows no soft cap; ``auto`` takes it in half precision on a GPU without a cap, where the shapes suit it. The
+    ``tiled`` kernel, for small heads on a CPU, knows neither a cap nor a bias, and leaves attention over a past to the
+    plain one.
 
     A row of ``mask`` without any True would average over everything: callers must not build one.
     """
@@ -42,10 +43,9 @@ def attend(
         raise ValueError("the fused attention kernel has no soft cap: pass soft_cap=None with kernel='fused'")
     if kernel == "tiled" and not (soft_cap is None and bias is None):
         raise ValueError("tiled attention knows neither a soft cap nor a bias: pass soft_cap=None and rotary positions")
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
     if past is not None:
         return _over_past(query, key, value, mask, past, bias, soft_cap)
-    if kernel == "fused" or (kernel == "auto" and soft_cap is None and half and jax.default_backend() == "gpu"):
+    if kernel == "fused" or (kernel == "auto" and soft_cap is None and _suits_cudnn(query, key)):
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -59,6 +59,14 @@ def attend(
     if kernel == "tiled":
         return tiled_attention(query, key, value, mask)
     return _plain(query, key, value, mask, bias, soft_cap)
+
+
+def _suits_cudnn(query: Array, key: Array) -> bool:
+    """Half precision on a GPU, heads of a width that cuDNN takes, and even numbers of queries and keys: for odd ones it
+    has no gradient under a mask."""
+    half, width = query.dtype in (jnp.bfloat16, jnp.float16), query.shape[-1]
+    fits = width <= 128 and width % 8 == query.shape[1] % 2 == key.shape[1] % 2 == 0
+    return half and fits and jax.default_backend() == "gpu"
 
 
 def _plain(query: Array, key: Array, value: Array, mask: Array, bias: Array | None, soft_cap: float | None) -> Array:

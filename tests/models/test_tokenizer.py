@@ -11,7 +11,8 @@ import pytest
 
 from dreamer4.models.patches import cosine_basis, patchify, sinusoids
 from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, init_tokenizer, reconstruct, tokenizer_flops
-from dreamer4.nn.transformer import TransformerConfig, parameter_count
+from dreamer4.nn.counts import parameter_count
+from dreamer4.nn.transformer import TransformerConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TokenizerConfig(

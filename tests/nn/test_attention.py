@@ -137,3 +137,16 @@ def test_ring_holds_the_last_frames(chunk):
         content = np.asarray(ring).ravel()
         np.testing.assert_array_equal(content[held >= 0], held[held >= 0])
         assert np.isnan(content[held < 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "fused"), [(4, 6, 8, True), (3, 4, 8, False), (4, 1, 8, False), (4, 4, 22, False)]
+)
+def test_auto_takes_cudnn_where_the_shapes_suit_it(monkeypatch, queries, keys, width, fused):
+    asked = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda query, *_, **__: asked.append(True) or query)
+    query, key = jnp.zeros((2, queries, 2, width), jnp.bfloat16), jnp.zeros((2, keys, 2, width), jnp.bfloat16)
+    found = jax.eval_shape(attend, query, key, key, jnp.ones((queries, keys), bool))
+    assert found.shape == query.shape
+    assert bool(asked) == fused

@@ -11,7 +11,8 @@ import pytest
 from dreamer4.batch import Batch, BatchSpec, fake_batch
 from dreamer4.errors import UserError
 from dreamer4.nn.layers import draw_kernels
-from dreamer4.nn.transformer import Layout, Modality, Transformer, TransformerConfig
+from dreamer4.nn.layout import Layout, Modality
+from dreamer4.nn.transformer import Transformer, TransformerConfig
 from dreamer4.train.checkpoint import Checkpoints
 from dreamer4.train.optimizer import OptimizerConfig, hessian_diagonal, learning_rate, make_optimizer, stack_alike
 from dreamer4.train.state import init_state, make_step
