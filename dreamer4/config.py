@@ -10,11 +10,16 @@ from dreamer4.errors import UserError
 
 Config = TypeVar("Config")
 
+ADDED = {"added": True}
+"""``metadata`` of a field that runs were made without: JSON leaves it out where it has its default, as before there was
+such a field, so that those runs go on."""
+
 
 def to_json(config: Any) -> Any:
     """Dataclasses as dicts, tuples as lists, paths as strings; what is left must already be JSON."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        kept = [f for f in dataclasses.fields(config) if f.metadata != ADDED or getattr(config, f.name) != f.default]
+        return {f.name: to_json(getattr(config, f.name)) for f in kept}
     if isinstance(config, (tuple, list)):
         return [to_json(x) for x in config]
     if isinstance(config, Path):

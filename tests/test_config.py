@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from dreamer4.config import differences, from_json, to_json
+from dreamer4.config import ADDED, differences, from_json, to_json
 from dreamer4.errors import UserError
 
 
@@ -49,6 +49,18 @@ def test_json_says_what_the_config_says():
 
 def test_absent_fields_take_their_defaults():
     assert from_json(Whole, {"name": "old"}) == Whole("old")
+
+
+def test_a_field_that_was_added_is_left_out_where_it_has_its_default():
+    @dataclasses.dataclass(frozen=True)
+    class Newer(Part):
+        depth: int = dataclasses.field(default=1, metadata=ADDED)
+
+    old = to_json(Part())
+    assert differences(old, to_json(Newer())) == []
+    assert differences(old, to_json(Newer(depth=2))) == ["depth: 'absent' there, 2 asked for"]
+    assert from_json(Newer, to_json(Newer(depth=2))) == Newer(depth=2)
+    assert from_json(Newer, old) == Newer()
 
 
 @pytest.mark.parametrize(

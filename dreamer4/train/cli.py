@@ -20,7 +20,7 @@ from dreamer4.errors import UserError
 from dreamer4.train.environment import prepare_process, write_environment
 from dreamer4.train.fit import Source, Stopped, TrainConfig, fit
 from dreamer4.train.logging import Sink, TensorBoard, WandB
-from dreamer4.train.optimizer import OptimizerConfig
+from dreamer4.train.optimizer import Optimizers
 from dreamer4.train.run_folder import RunFolder, set_aside
 from dreamer4.train.state import Objective
 
@@ -83,7 +83,7 @@ def train_in(
     objective: Objective,
     source: Source,
     train: TrainConfig,
-    optimizer: OptimizerConfig,
+    optimizer: Optimizers,
     *,
     frozen: PyTree = None,
     best: str = "eval/psnr",

@@ -24,7 +24,7 @@ from dreamer4.config import at_least
 from dreamer4.errors import UserError
 from dreamer4.train.checkpoint import Checkpoints
 from dreamer4.train.logging import Metric, MetricsLog, Progress, Sink, memory
-from dreamer4.train.optimizer import OptimizerConfig, make_optimizer
+from dreamer4.train.optimizer import Optimizers, make_optimizer
 from dreamer4.train.run_folder import RunFolder
 from dreamer4.train.samples import write_gif, write_png
 from dreamer4.train.sharding import batch_sharding, make_mesh, place_batch, state_shardings
@@ -136,7 +136,7 @@ def data_key(key: Array, step: Array | int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, DATA), step)
 
 
-def make_program(objective: Objective, source: Source, config: TrainConfig, optimizer: OptimizerConfig) -> Program:
+def make_program(objective: Objective, source: Source, config: TrainConfig, optimizer: Optimizers) -> Program:
     """Builds the step of a run; it compiles once for each batch shape, at its first call."""
     mesh = make_mesh(config.fsdp)
     for clips, _ in source.shapes:
@@ -166,7 +166,7 @@ def fit(
     objective: Objective,
     source: Source,
     config: TrainConfig,
-    optimizer: OptimizerConfig,
+    optimizer: Optimizers,
     run: RunFolder,
     resolved: dict[str, Any],
     *,

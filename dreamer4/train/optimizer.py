@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, from optax."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from dreamer4.config import at_least
+from dreamer4.config import ADDED, at_least
 from dreamer4.errors import UserError
 
 
@@ -39,8 +40,12 @@ class OptimizerConfig:
     b2: float = 0.999
     clip: float | None = 1.0
     """Largest global norm of the gradient."""
+    every: int = dataclasses.field(default=1, metadata=ADDED)
+    """Update at every so-manieth step, the first one included; in between parameters and averages stay as they are. The
+    schedule goes by the steps of the run all the same."""
 
     def __post_init__(self) -> None:
+        at_least(1, self, "every")
         at_least(0, self, "warmup_steps", "weight_decay", "decay_fraction", "final_fraction", "b1", "b2")
         for name in ("learning_rate", "adam_learning_rate", "clip"):
             value = getattr(self, name)
@@ -49,6 +54,10 @@ class OptimizerConfig:
         for name in ("decay_fraction", "final_fraction", "b1", "b2"):
             if getattr(self, name) > 1:
                 raise UserError(f"{name}: {getattr(self, name)} found, 1 or less expected")
+
+
+Optimizers = OptimizerConfig | Mapping[str, OptimizerConfig]
+"""One optimizer for all parameters, or one for each of their top-level names."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:
@@ -71,13 +80,20 @@ def learning_rate(config: OptimizerConfig, steps: int, peak: float | None = None
     return optax.join_schedules([schedule for schedule, _ in parts], borders)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Optimizers, steps: int) -> optax.GradientTransformation:
     """Clipping, the optimizer and its schedule over ``steps``. Weight decay falls on matrices only.
+
+    With a mapping each part of the parameters has all of these of its own (``by_part``).
 
     Muon takes the matrices inside the scanned layers; embeddings and heads are Adam's, as Muon's authors advise. Sophia
     asks its ``update`` for ``obj_fn``, the loss as a function of the parameters, which ``make_step`` gives to all.
     """
-    rate = learning_rate(config, steps)
+    if isinstance(config, Mapping):
+        return by_part({name: make_optimizer(one, steps) for name, one in config.items()})
+    every = config.every
+    rate, adam_rate = (
+        _by_update(learning_rate(config, steps, peak), every) for peak in (None, config.adam_learning_rate)
+    )
     if config.name == "adamw":
         core = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
     elif config.name == "sophia":
@@ -86,10 +102,38 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         )
     else:
         muon = optax.contrib.muon(rate, weight_decay=config.weight_decay, muon_weight_dimension_numbers=_muon_axes)
-        adam_rate = learning_rate(config, steps, config.adam_learning_rate)
         adam = optax.adamw(adam_rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
         core = optax.partition({"muon": stack_alike(muon), "adam": adam}, _muon_or_adam)
-    return core if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), core)
+    whole = core if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), core)
+    return whole if every == 1 else optax.conditionally_mask(whole, lambda step, **_: jnp.mod(step, every) == 0)
+
+
+def by_part(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
+    """Each top-level name of the parameters by an optimizer of its own, as if the others were not there.
+
+    Its ``init`` raises UserError where these names are not those of ``optimizers``.
+    """
+    parts = {name: optax.with_extra_args_support(one) for name, one in optimizers.items()}
+
+    def init(params: Any) -> Any:
+        if sorted(params) != sorted(parts):
+            raise UserError(
+                f"optimizer: parts {sorted(parts)} found, {sorted(params)} expected, as the parameters have"
+            )
+        return {name: part.init({name: params[name]}) for name, part in parts.items()}
+
+    def update(updates: Any, state: Any, params: Any = None, **given: Any) -> tuple[Any, Any]:
+        if "obj_fn" in given:  # of all parameters, those of other parts as they are
+            given = given | {"obj_fn": lambda own, whole=given["obj_fn"]: whole(params | own)}
+        done, states = {}, {}
+        for name, part in parts.items():
+            own = None if params is None else {name: params[name]}
+            mine: Any
+            mine, states[name] = part.update({name: updates[name]}, state[name], own, **given)
+            done |= mine
+        return done, states
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def hessian_diagonal() -> optax.GradientTransformationExtraArgs:
@@ -130,6 +174,11 @@ def stack_alike(inner: optax.GradientTransformation) -> optax.GradientTransforma
         return jax.tree_util.tree_map_with_path(lambda path, _: by_path[path], updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _by_update(schedule: optax.Schedule, every: int) -> optax.Schedule:
+    """``schedule``, which goes by steps, for an optimizer that counts its updates."""
+    return schedule if every == 1 else lambda update: schedule(update * every)
 
 
 def _by_shape(tree: Any) -> dict[str, list[tuple[tuple, Array]]]:

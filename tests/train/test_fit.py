@@ -15,16 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dreamer4.batch import Batch, BatchSpec, fake_batch
 from dreamer4.errors import UserError
 from dreamer4.train import fit as fit_module
 from dreamer4.train.fit import Stopped, TrainConfig, data_key, fit
 from dreamer4.train.logging import MEMORY, WALL_CLOCK
-from dreamer4.train.optimizer import OptimizerConfig
+from dreamer4.train.optimizer import OptimizerConfig, Optimizers
 from dreamer4.train.run_folder import RunFolder
 
+# Half of the time of so many runs is to compile the same few programs.
+pytestmark = pytest.mark.usefixtures("kept_compilations")
 STEPS = 13
 # No two rhythms meet before the end, so that steps of each kind, and of none, are there to stop at.
 CONFIG = TrainConfig(
@@ -96,10 +97,11 @@ def train(
     objective: Line = Line(),
     at: dict[int, Callable[[], None]] | None = None,
     config: TrainConfig = CONFIG,
+    optimizer: Optimizers = OPTIMIZER,
     **options: Any,
 ):
     with RunFolder.open(folder, {"seed": config.seed}) as run:
-        return fit(objective, Clips(config, at), config, OPTIMIZER, run, {"seed": config.seed}, **options)
+        return fit(objective, Clips(config, at), config, optimizer, run, {"seed": config.seed}, **options)
 
 
 def terminate() -> None:
@@ -136,26 +138,6 @@ def damage(folder: Path, step: int) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compilations_are_kept(tmp_path_factory):
-    """The runs of this file compile the same few programs; that is half of the file's time."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-
-    def use(values: dict[str, Any]) -> None:
-        compilation_cache.reset_cache()
-        for name, value in values.items():
-            jax.config.update(name, value)
-
-    use(options)
-    yield
-    use(before)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +197,16 @@ def test_a_run_stopped_after_every_step_is_the_uninterrupted_run(whole, tmp_path
     assert_same(train(tmp_path), whole[1])
     assert read(tmp_path) == read(whole[0])
     assert {program.step._cache_size() for program in programs} == {1}  # restored states are the step's own
+
+
+def test_a_run_with_an_optimizer_for_each_part_goes_on_as_if_it_had_not_been_stopped(whole, tmp_path):
+    assert_same(train(tmp_path / "alike", optimizer={"w": OPTIMIZER}).params, whole[1].params)
+    rare = {"w": dataclasses.replace(OPTIMIZER, every=3)}
+    with pytest.raises(Stopped):
+        train(tmp_path / "stopped", at={4: terminate}, optimizer=rare)
+    state = train(tmp_path / "stopped", optimizer=rare)
+    assert_same(state, train(tmp_path / "rare", optimizer=rare))
+    assert state.params["w"] != whole[1].params["w"]
 
 
 # Checkpoints come after 4, 8 and 12 steps: the first kill finds none, the others leave lines past the newest.

@@ -9,6 +9,7 @@ import optax.contrib
 import pytest
 
 from dreamer4.batch import Batch, BatchSpec, fake_batch
+from dreamer4.config import from_json, to_json
 from dreamer4.errors import UserError
 from dreamer4.nn.layers import draw_kernels
 from dreamer4.nn.layout import Layout, Modality
@@ -76,7 +77,7 @@ def test_another_peak_scales_the_whole_schedule():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("learning_rate", 0.0), ("clip", -1.0), ("warmup_steps", -1), ("b2", 2.0)]
+    ("field", "value"), [("learning_rate", 0.0), ("clip", -1.0), ("warmup_steps", -1), ("b2", 2.0), ("every", 0)]
 )
 def test_values_that_cannot_be_are_named(field, value):
     with pytest.raises(UserError, match=f"{field}: {value} found"):
@@ -267,6 +268,89 @@ def test_sophia_forgets_an_estimate_that_is_not_finite():
     updates, state = jit(lambda p: optimizer.update(p, optimizer.init(p), p, obj_fn=loss))(params)
     for x in jax.tree.leaves((updates, hessian_of(state))):
         assert jnp.isfinite(x).all()
+
+
+def run_of(optimizer: optax.GradientTransformation, params: dict, grads: list[dict], **given) -> list[tuple]:
+    """(updates, state) of each of ``grads``; the parameters stay as they are."""
+    optimizer = optax.with_extra_args_support(optimizer)
+    update = jit(lambda grads, state: optimizer.update(grads, state, params, **given))
+    done, state = [], optimizer.init(params)
+    for grad in grads:
+        updates, state = update(grad, state)
+        done.append((updates, state))
+    return done
+
+
+def assert_alike(a, b, atol: float = 0.0) -> None:
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), a, b)
+
+
+def test_an_optimizer_of_every_third_step_rests_in_between_and_keeps_to_the_schedule():
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule="linear", warmup_steps=4, final_fraction=0.0, weight_decay=0.0, every=3
+    )
+    grads, params = {"kernel": jnp.array([[0.5, -2.0]])}, {"kernel": jnp.ones((1, 2))}
+    done = run_of(make_optimizer(config, 12), params, [grads] * 8)
+    inner = [state.inner_state for _, state in done]
+    for n, (update, _) in enumerate(done):
+        # Adam's step along a gradient that stays the same is the rate itself.
+        expected = -learning_rate(config, 12)(n) * np.sign(grads["kernel"]) if n % 3 == 0 else np.zeros((1, 2))
+        np.testing.assert_allclose(update["kernel"], expected, atol=1e-4)
+        if n % 3:
+            assert_alike(inner[n], inner[n - 1])
+        elif n:
+            assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (inner[n], inner[n - 1])), strict=True))
+
+
+def test_a_field_added_later_leaves_what_was_there_as_it_was():
+    plain, rare = OptimizerConfig(), OptimizerConfig(every=2)
+    assert "every" not in to_json(plain)
+    assert [from_json(OptimizerConfig, to_json(config)) for config in (plain, rare)] == [plain, rare]
+    assert isinstance(make_optimizer(plain, 10).init({"kernel": jnp.ones(2)}), tuple)
+    assert isinstance(make_optimizer(rare, 10).init({"kernel": jnp.ones(2)}), optax.ConditionallyMaskState)
+
+
+PARTS = {
+    "generator": OptimizerConfig(name="muon", learning_rate=0.1, warmup_steps=0),
+    "discriminator": OptimizerConfig(learning_rate=0.5, b2=0.9, schedule="constant", warmup_steps=2, clip=0.1, every=2),
+}
+
+
+def test_each_part_is_trained_as_if_it_were_alone():
+    both = {"generator": layers(), "discriminator": {"down": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}}
+    grads = [
+        {"generator": layers(seed=n), "discriminator": jax.tree.map(lambda x: x + n, both["discriminator"])}  # noqa: B023
+        for n in (10, 11, 12)
+    ]
+    together = run_of(make_optimizer(PARTS, 10), both, grads)
+    for name, config in PARTS.items():
+        part = {name: both[name]}
+        alone = run_of(make_optimizer(config, 10), part, [{name: grad[name]} for grad in grads])
+        for (updates, state), own in zip(together, alone, strict=True):
+            assert_alike(({name: updates[name]}, state[name]), own, atol=1e-7)
+    rests = [not any(np.any(x) for x in jax.tree.leaves(updates["discriminator"])) for updates, _ in together]
+    assert rests == [False, True, False]
+
+
+def test_sophia_of_a_part_sees_the_loss_as_it_is_with_the_others():
+    config = OptimizerConfig(name="sophia", warmup_steps=0, clip=None)
+    params = {"a": {"kernel": jnp.array([[1.0, 2.0]])}, "b": {"kernel": jnp.array([[3.0]])}}
+
+    def loss(p: dict) -> jax.Array:
+        return 0.5 * jnp.sum(p["b"]["kernel"] * jnp.square(p["a"]["kernel"])) + 5 * jnp.sum(p["b"]["kernel"] ** 2)
+
+    ((_, state),) = run_of(make_optimizer({"a": config, "b": config}, 10), params, [params], obj_fn=loss)
+    np.testing.assert_allclose(hessian_of(state["a"])["a"]["kernel"], [[0.03, 0.03]], rtol=1e-5)
+    np.testing.assert_allclose(hessian_of(state["b"])["b"]["kernel"], [[0.1]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("generator",), ("generator", "discriminator", "critic"), ("embed", "blocks")])
+def test_parts_that_are_not_those_of_the_parameters_are_named(names):
+    params = {name: {"kernel": jnp.ones((2, 2))} for name in names}
+    with pytest.raises(UserError) as error:
+        jax.eval_shape(make_optimizer(PARTS, 10).init, params)
+    expected = f"optimizer: parts ['discriminator', 'generator'] found, {sorted(names)} expected"
+    assert expected in str(error.value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from dreamer4.batch import Batch, BatchSpec, fake_batch
+from dreamer4.train.optimizer import OptimizerConfig, make_optimizer
 from dreamer4.train.state import init_state, make_step
 
 SPEC = BatchSpec(batch=8, time=2, height=2, width=2, channels=1)
@@ -83,6 +84,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(bad):
         assert_same(getattr(after, part), getattr(before, part))
     assert (after.step, after.skipped, after.skipped_in_a_row) == (2, 1, 1)
     assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (1, 1)
+
+
+def test_a_bad_step_does_not_count_where_updates_come_at_every_second_step():
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, every=2), 10)
+    step, state, moved = jax.jit(make_step(Quadratic(), optimizer)), start(optimizer), []
+    for reward in (np.nan, 0, np.inf, 0, 0, 0):
+        before = state
+        state, _ = step(state, None, batch_with_reward(reward), KEY)
+        moved.append(bool(state.params["w"] != before.params["w"]))
+        if not np.isfinite(reward):
+            assert_same((state.params, state.opt_state), (before.params, before.opt_state))
+    assert moved == [False, True, False, False, True, False]
 
 
 def test_bad_steps_are_counted_in_a_row_and_in_total():
