@@ -19,7 +19,7 @@ from dreamer4.data.episodes import read_index, split_of
 from dreamer4.data.formats.h5 import open_h5
 from dreamer4.data.formats.npz import open_npz
 from dreamer4.data.formats.png import open_png
-from dreamer4.data.formats.recordings import open_recordings
+from dreamer4.data.formats.recordings import digest_log, open_recordings
 from dreamer4.data.formats.video import open_video
 from dreamer4.data.ingest import Footage, IngestOptions, Report, TooMuchDroppedError, ingest
 from dreamer4.errors import UserError
@@ -41,6 +41,10 @@ class Options(abc.ABC):
     def open(self) -> Footage:
         """The source. Raises UserError where it is none of this format."""
 
+    def digests(self) -> dict[str, str]:
+        """What tells the source from what may come to lie in its place, where that is cheap to tell."""
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class Png(Options):
@@ -61,6 +65,9 @@ class Jsonl(Options):
 
     def open(self) -> Footage:
         return open_recordings(self.source, self.log, self.gap_seconds)
+
+    def digests(self) -> dict[str, str]:
+        return {"log_sha256": digest_log(self.source, self.log)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +101,13 @@ def main(options: Options) -> None:
     """Ingests what ``options`` name. Raises UserError for what the user can put right."""
     if options.out.exists() and not options.ingest.append:
         raise UserError(f"out: {options.out} already exists: give another name, add to it with --append, or remove it")
+    source = source_of(options)
     footage = options.open()
     total = sum(recording.frames for recording in footage.recordings)
     try:
         with progress_bar("frames") as bar:
             task = bar.add_task(options.source.name, total=total or None)
-            report = ingest(footage, options.out, options.ingest, _source(options), lambda: bar.advance(task))
+            report = ingest(footage, options.out, options.ingest, source, lambda: bar.advance(task))
     except TooMuchDroppedError as error:
         Console(stderr=True).print(_table(error.report))
         raise
@@ -109,13 +117,14 @@ def main(options: Options) -> None:
     _describe(options.out)
 
 
-def _source(options: Options) -> dict[str, Any]:
-    """What the index keeps: all that decides what was made of the source."""
+def source_of(options: Options) -> dict[str, Any]:
+    """What the index keeps: all that decides what is made of the source."""
     format = next(name for name, kind in FORMATS.items() if type(options) is kind)
     fields = to_json(options)
     fields |= fields.pop("ingest")
     left_out = ("out", "append", "tolerate")
-    return {"kind": format, **{k: v for k, v in fields.items() if k not in left_out and v is not None}}
+    told = {k: v for k, v in fields.items() if k not in left_out and v is not None}
+    return {"kind": format, **told, **options.digests()}
 
 
 def _table(report: Report) -> Table:

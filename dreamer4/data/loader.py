@@ -27,6 +27,24 @@ def choice_of(space: ActionSpace) -> ActionChoice:
     return "latent" if all(c.inferred for c in space) else "latent+real"
 
 
+UNITS = {"categorical": ("choice", "choices"), "continuous": ("axis", "axes"), "binary": ("switch", "switches")}
+
+
+def check_data(spec: BatchSpec, frame: Sequence[int], actions: ActionSpace, where: Path) -> None:
+    """A ``UserError`` unless the data's frames, (H, W, C), and actions are those of the run at ``where``."""
+    found, expected = (spec.height, spec.width, spec.channels), tuple(frame)
+    if found != expected:
+        raise UserError(f"data: frames of {found} found, {expected} expected, as in the run of {where}")
+    if spec.actions != actions:
+        found, expected = _in_words(spec.actions), _in_words(actions)
+        raise UserError(f"data: {found} found, {expected} expected, as in the run of {where}")
+
+
+def _in_words(space: ActionSpace) -> str:
+    parts = [f"{'inferred ' * c.inferred}{c.name} of {c.size} {UNITS[c.kind][c.size != 1]}" for c in space]
+    return " and ".join(parts) or "no actions"
+
+
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """Every run of ``time`` frames inside one episode: window i starts at row ``self[i]`` of the store."""

@@ -180,19 +180,29 @@ def _episode(
     return states, jnp.concatenate([jnp.full(1, STAND), actions])
 
 
-def make_clips(config: ToyConfig, key: PRNGKeyArray, shape: tuple[int, int], label_fraction: float = 1.0) -> Batch:
+def make_clips(
+    config: ToyConfig,
+    key: PRNGKeyArray,
+    shape: tuple[int, int],
+    label_fraction: float = 1.0,
+    look: PRNGKeyArray | None = None,
+) -> Batch:
     """``shape`` = (B, T): B clips of T frames, each the start of an episode (so ``is_first`` holds at time 0 only).
 
     Rewards are ``reward``, and zero at time 0; episodes have no terminal step. ``state`` holds the fields of
     ``ToyState``. A clip is ``labelled`` with the probability ``label_fraction``, on which nothing else depends; what is
-    labelled at one fraction is so at every larger one. Pure: to be traced.
+    labelled at one fraction is so at every larger one. All clips have the sides, the colours and the background of
+    ``reset(config, look)`` where a ``look`` is given, and otherwise each its own. Pure: to be traced.
     """
     # One draw for all clips: every draw adds a threefry, and those are most of the time that XLA compiles this.
     world_shape = _draw_shape(config)
     bits = jax.random.bits(key, (shape[0], math.prod(world_shape) + 2 * shape[1]))
     world, policy = jnp.split(bits, [math.prod(world_shape)], axis=1)
-    policy = policy.reshape(-1, shape[1], 2)
-    states, actions = jax.vmap(functools.partial(_episode, config))(world.reshape(-1, *world_shape), policy)
+    world, policy = world.reshape(-1, *world_shape), policy.reshape(-1, shape[1], 2)
+    if look is not None:
+        own = np.isin(np.arange(world_shape[1]), [1, 2, 3])  # the places and directions
+        world = jnp.where(own, world, jax.random.bits(look, world_shape))
+    states, actions = jax.vmap(functools.partial(_episode, config))(world, policy)
     label = policy[:, 0, 1] >> 8  # a word that the policy leaves unused: of its first step it reads the other one only
     video = jax.vmap(jax.vmap(functools.partial(render, config)))(states)
     rewards = jax.vmap(jax.vmap(functools.partial(reward, config)))(states)

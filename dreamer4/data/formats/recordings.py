@@ -13,8 +13,10 @@ The format is that of TinyDreams (Nikims/tinyDreams).
 
 import codecs
 import collections
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -80,11 +82,9 @@ def open_recordings(source: Path, log: str | None = None, gap_seconds: float = 1
     """
     if not gap_seconds > 0:
         raise UserError(f"gap_seconds: {gap_seconds} found, a number above 0 expected")
-    path = _find_log(source, log)
-    try:
+    path = find_log(source, log)
+    with _reading(path):
         lines = list(_read_lines(path))
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from None
     if not lines:
         raise UserError(f"{path} holds no lines, expected one JSON object per frame")
     clocks = collections.Counter(clock for line in lines for clock in line.times)
@@ -112,7 +112,8 @@ def open_recordings(source: Path, log: str | None = None, gap_seconds: float = 1
     )
 
 
-def _find_log(source: Path, log: str | None) -> Path:
+def find_log(source: Path, log: str | None = None) -> Path:
+    """The log that ``open_recordings`` reads. Raises UserError where there is none."""
     if not source.is_dir():
         found = "is a file" if source.exists() else "does not exist"
         raise UserError(f"{source} {found}, expected a folder with a log of recordings")
@@ -122,6 +123,21 @@ def _find_log(source: Path, log: str | None) -> Path:
         remedy = "" if log else " (or another one by its name)"
         raise UserError(f"{source}: {', '.join(logs) or 'no *.jsonl'} found, expected the log {name}{remedy}")
     return source / name
+
+
+def digest_log(source: Path, log: str | None = None) -> str:
+    """The SHA-256 of the log that ``open_recordings`` reads. Raises UserError where there is none to read."""
+    path = find_log(source, log)
+    with _reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
 
 
 def _read_lines(path: Path) -> Iterator[_Line]:
