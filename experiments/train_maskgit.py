@@ -88,7 +88,7 @@ TOY = Config(
         final_fraction=0.02,
         weight_decay=0.0,
     ),
-    train=TrainConfig(steps=1500, batch_size=8, clip_length=8, eval_every=500, checkpoint_every=500, eval_length=24),
+    train=TrainConfig(steps=2000, batch_size=8, clip_length=8, eval_every=500, checkpoint_every=500, eval_length=24),
 )
 """``uv run experiments/train_maskgit.py --data data/tinyworlds --actions latent --tokenizer
 runs/tinyworlds/tokenizer``: 23.1 dB with T = 8 over 16 frames after 8, 6.7 dB above the last frame repeated, after 15
