@@ -20,6 +20,7 @@ from dreamer4.errors import UserError
 from dreamer4.models.dynamics import Dynamics, DynamicsConfig, init_dynamics
 from dreamer4.models.latent_action import LatentActionConfig, LatentActionModel, init_latent_action
 from dreamer4.models.maskgit import MaskGIT, MaskGITConfig, init_maskgit
+from dreamer4.models.next_frame import NextFrame, NextFrameConfig, init_next_frame
 from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, init_tokenizer
 from dreamer4.models.video_tokenizer import VideoTokenizer, VideoTokenizerConfig, init_video_tokenizer
 from dreamer4.objectives.maskgit import Sampling
@@ -28,6 +29,7 @@ from dreamer4.train.checkpoint import find, restore_params
 KINDS = {
     "dynamics": "train_dynamics.py",
     "maskgit": "train_maskgit.py",
+    "next_frame": "train_next_frame.py",
     "latent_action": "train_latent_action.py",
     "video_tokenizer": "train_tokenizer.py tinyworlds",
     "tokenizer": "train_tokenizer.py",
@@ -74,6 +76,16 @@ class TrainedMaskGIT:
     config: dict[str, Any]
     step: int
     sampling: Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedNextFrame:
+    """A model that predicts the next frame; ``params`` is what ``Predictor`` takes."""
+
+    model: NextFrame
+    params: dict[str, PyTree]
+    config: dict[str, Any]
+    step: int
 
 
 def kind_of(config: dict[str, Any]) -> str | None:
@@ -133,6 +145,16 @@ def load_maskgit(run: Path) -> TrainedMaskGIT:
     both = {"tokenizer": tokenizer.params, "dynamics": _checked(run, params, init_maskgit, model)}
     sampling = from_json(Sampling, config["sampling"], f"{run}: sampling")
     return TrainedMaskGIT(model, tokenizer.model, both, config, _step(run), sampling)
+
+
+def load_next_frame(run: Path) -> TrainedNextFrame:
+    """The model that a run of train_next_frame.py trained, without what judged it."""
+    params, config = _read(run, "next_frame", "run")
+    model = NextFrame(
+        from_json(NextFrameConfig, config["next_frame"], f"{run}: next_frame"), _actions(run, config), *config["frame"]
+    )
+    params = params["generator"] if config["discriminator"] else params
+    return TrainedNextFrame(model, {"dynamics": _checked(run, params, init_next_frame, model)}, config, _step(run))
 
 
 def _read(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped, UInt8
 
 from dreamer4.batch import Actions, Batch
 from dreamer4.errors import UserError
@@ -64,7 +64,7 @@ Scores = dict[str, dict[str, Float[Array, " h"]]]
 
 def score(
     dream: Dream,
-    reconstruct: Reconstruct,
+    reconstruct: Reconstruct | None,
     clips: Batch,
     horizon: Horizon,
     key: PRNGKeyArray,
@@ -82,7 +82,7 @@ def score(
     Actions are another's from the end of the context on; before it they are the clip's own. ``shuffled`` takes those of
     the clip half the batch away, ``random`` any of all clips, drawn for each step. The dreams of a clip share their
     noise, so that those of a model deaf to actions are the same. ``group`` clips are dreamt at once, which bounds the
-    memory and, noise apart, changes nothing. Pure, to be jitted.
+    memory and, noise apart, changes nothing. Without ``reconstruct`` there is no such video. Pure, to be jitted.
 
     Raises UserError where the clips are shorter than the horizon asks for, and where a lone clip has no other's actions
     to take.
@@ -92,14 +92,11 @@ def score(
     if count < 2 and "shuffled" in videos:
         raise UserError(f"clips: {count} found, 2 or more expected, since each is dreamt under another's actions too")
     start, end = horizon.context, horizon.end
-    names = [name for name in VIDEOS if name in videos]
+    names = [name for name in VIDEOS if name in videos and (reconstruct or name != "reconstruction")]
     action_key, dream_key = jax.random.split(key)
     own: Actions = {component: jnp.asarray(a)[:, :end] for component, a in clips.action.items()}
     asked = [_actions(name, own, start, action_key) for name in names if name in DREAMS]
-    groups = -(-count // group)
-    size = -(-count // groups)
-    # The last group is filled up with clips that were there already, and cut off again below.
-    rows = jnp.arange(groups * size).reshape(groups, size) % count
+    rows = jnp.asarray(groups_of(count, group))
 
     def run(piece: tuple) -> dict[str, Float[Array, "v n h"]]:
         row, key = piece
@@ -111,11 +108,11 @@ def score(
         shown = [jax.lax.map(lambda a: dream(video[:, :start], a, key), actions)]
         if "copy" in names:
             shown.append(jnp.broadcast_to(to_float(video[:, start - 1 : start]), truth.shape)[None])
-        if "reconstruction" in names:
+        if reconstruct and "reconstruction" in names:
             shown.append(reconstruct(video)[None, :, start:])
         return jax.lax.map(lambda x: _scores(jnp.clip(x, 0, 1), truth, state, distance), jnp.concatenate(shown))
 
-    found = jax.lax.map(run, (rows, jax.random.split(dream_key, groups)))
+    found = jax.lax.map(run, (rows, jax.random.split(dream_key, len(rows))))
     found = {metric: rearrange(x, "g v n h -> v (g n) h")[:, :count] for metric, x in found.items()}
     scores: Scores = {
         name: {metric: _summary(metric)(x[i], axis=0) for metric, x in found.items()} for i, name in enumerate(names)
@@ -124,6 +121,14 @@ def score(
         psnr = mse_to_psnr(found["mse"])
         scores["random"]["delta_psnr"] = jnp.mean(psnr[names.index("dream")] - psnr[names.index("random")], axis=0)
     return scores
+
+
+def groups_of(count: int, most: int) -> Int[np.ndarray, "groups size"]:
+    """The numbers 0 to ``count`` - 1 in rows of one length, at most ``most``. The last row is filled up with numbers
+    that were there already, to be cut off again."""
+    groups = -(-count // most)
+    size = -(-count // groups)
+    return np.arange(groups * size).reshape(groups, size) % count
 
 
 def pooled_psnr(scores: Mapping[str, Float[Array | np.ndarray, " h"]]) -> Float[Array, ""]:

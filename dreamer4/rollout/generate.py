@@ -77,7 +77,7 @@ class Generator:
         self, params: PyTree, state: DreamState, actions: Actions
     ) -> tuple[DreamState, Float[Array, "B T H W C"]]:
         """A frame for each of ``actions``."""
-        state, frames = jax.lax.scan(lambda s, a: self.step(params, s, a), state, _time_first(actions))
+        state, frames = jax.lax.scan(lambda s, a: self.step(params, s, a), state, time_first(actions))
         return state, jnp.moveaxis(frames, 0, 1)
 
     def dream(
@@ -97,7 +97,7 @@ class Generator:
             state = self.step_latents(params, state, action)
             return state, state.latents
 
-        state, latents = jax.lax.scan(advance, state, _time_first(actions))
+        state, latents = jax.lax.scan(advance, state, time_first(actions))
         return state, jnp.moveaxis(latents, 0, 1)
 
     def rollout_uncached(
@@ -211,5 +211,5 @@ def _around(frame: int) -> tuple[slice, slice]:
     return slice(None, frame), slice(frame, None)
 
 
-def _time_first(actions: Actions) -> dict[str, Shaped[Array, "T B ..."]]:
+def time_first(actions: Actions) -> dict[str, Shaped[Array, "T B ..."]]:
     return jax.tree.map(lambda a: jnp.moveaxis(jnp.asarray(a), 1, 0), actions)

@@ -18,12 +18,10 @@ HORIZON = Horizon(context=3, length=5)
 CLIPS = toy.ToySource(WORLD, ((1, 1),)).clips("validation", 10, 9)  # a frame more than is used
 
 KEY = jax.random.key(7)
-# These programs take much longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def scored(dream, clips=CLIPS, reconstruct=to_float, horizon=HORIZON, **options):
-    jitted = jit(lambda clips, key: score(dream, reconstruct, clips, horizon, key, **options))
+    jitted = jax.jit(lambda clips, key: score(dream, reconstruct, clips, horizon, key, **options))
     return jax.tree.map(np.asarray, jitted(clips, KEY))
 
 
@@ -122,6 +120,11 @@ def test_a_distance_sees_each_frame_beside_its_truth(simulated):
     np.testing.assert_array_equal(found["dream"]["lpips"], 0)
     assert np.all(found["shuffled"]["lpips"] > 0)
     assert "lpips" not in simulated["dream"]
+
+
+def test_what_has_no_tokenizer_has_the_other_videos():
+    found = jax.eval_shape(lambda clips, key: score(stand_still, None, clips, HORIZON, key), CLIPS, KEY)
+    assert found.keys() == {*DREAMS, "copy"}
 
 
 def test_all_is_finite_and_per_step(simulated):
