@@ -11,19 +11,20 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import evaluate
 import tyro
+from dream_clips import begin, held_out, play, roller, scorer
+from dreamers import KINDS, Trained, load, make_dreamer, own_steps
 from rich.console import Console
 from rich.table import Table
+from score_tables import POSITION_STEP, finite, make_table, name_of, tabulate
 
 from dreamer4.batch import Batch
-from dreamer4.config import to_json
+from dreamer4.config import at_least, to_json
 from dreamer4.data.episodes import Split
 from dreamer4.errors import UserError
 from dreamer4.models.patches import to_float
 from dreamer4.nn.counts import parameter_count
 from dreamer4.rollout.evaluation import Horizon
-from dreamer4.runs import TrainedMaskGIT
 from dreamer4.train.cli import main
 from dreamer4.train.run_folder import RunFolder, write_atomically
 from dreamer4.train.samples import write_gif
@@ -44,7 +45,7 @@ COLUMNS = {
     "ssim": ("SSIM", "", ".3f"),
     "over_copy": ("over\ncopy", "dB", ".2f"),
     "over_shuffled": ("over\nshuffled", "dB", ".2f"),
-    "position": (f"position\nstep {evaluate.POSITION_STEP} or last", "px", ".2f"),
+    "position": (f"position\nstep {POSITION_STEP} or last", "px", ".2f"),
     "reconstruction": ("tokenizer's\nPSNR", "dB", ".2f"),
     "frames_per_s": ("frames", "per s", ".0f"),
 }
@@ -66,6 +67,7 @@ class Options:
     out: Path = Path("runs/comparison")
 
     def __post_init__(self) -> None:
+        at_least(2, self, "clips")  # each is dreamt under another's actions too
         if len(set(self.runs)) < max(2, len(self.runs)):
             raise UserError(f"runs: {' '.join(map(str, self.runs))} found, 2 or more, each once, expected")
         if self.out.exists() and not self.out.is_dir():
@@ -76,11 +78,8 @@ def compare(options: Options) -> None:
     """Measures, prints, writes."""
     horizon, data, loaded = Horizon(options.context, options.horizon), options.data, []
     for run in options.runs:
-        trained = evaluate.load(run)
-        asked = evaluate.Options(
-            run, data, options.clips, options.context, options.horizon, split=options.split, seed=options.seed
-        )
-        clips = evaluate.held_out(trained, asked, horizon)
+        trained = load(run)
+        clips = held_out(trained, run, data, options.split, options.clips, horizon)
         if loaded and not np.array_equal(loaded[0][1].video, clips.video):
             raise UserError(f"runs: {run} and {options.runs[0]} were not asked for the same clips, give one --data")
         loaded.append((trained, clips))
@@ -93,31 +92,33 @@ def compare(options: Options) -> None:
         dreams.append(dreamt)
     Console().print(table(rows, options))
     options.out.mkdir(parents=True, exist_ok=True)
-    report = evaluate.finite({"options": to_json(dataclasses.replace(options, data=data)), "runs": rows})
+    report = finite({"options": to_json(dataclasses.replace(options, data=data)), "runs": rows})
     write_atomically(options.out / "comparison.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     write_gif(options.out / "comparison.gif", film(np.asarray(to_float(loaded[0][1].video[:SHOWN])), dreams))
     print(f"done: comparison.json, comparison.gif in {options.out}")
 
 
 def measure(
-    trained: evaluate.Trained, clips: Batch, horizon: Horizon, seed: int
+    trained: Trained, clips: Batch, horizon: Horizon, seed: int
 ) -> tuple[dict[str, Any], Float[np.ndarray, "n h H W C"]]:
     """The figures of a run, and what it dreams of the clips that are shown."""
-    make, k = functools.partial(evaluate.make_dreamer, trained), evaluate.own_steps(trained)
+    make, k = functools.partial(make_dreamer, trained), own_steps(trained)
     params, key = jax.device_put(trained.params), jax.random.key(seed)
     program = functools.partial(jax.jit, static_argnums=0)
-    scores = jax.device_get(program(evaluate.scorer(make, horizon, GROUP))(k, params, None, clips, key))
-    states = evaluate.begin(make(k), params, clips, horizon, key)[:SHOWN]
-    dreamt, rate = evaluate.play(functools.partial(program(evaluate.roller(make)), k, params), states, clips, horizon)
-    found = evaluate.tabulate({k: scores}, {k: rate})
+    scores = jax.device_get(program(scorer(make, horizon, GROUP))(k, params, None, clips, key))
+    states = begin(make(k), params, clips, horizon, key, SHOWN)
+    dreamt, rate = play(functools.partial(program(roller(make)), k, params), states, clips, horizon)
+    found = tabulate({k: scores}, {k: rate})
     figures = {
-        "kind": "codes" if isinstance(trained, TrainedMaskGIT) else "latents",
+        "kind": KINDS[type(trained)],
         "parameters": parameter_count(trained.params["dynamics"]) / 1e6,
-        "tokenizer_parameters": parameter_count(trained.params["tokenizer"]) / 1e6,
-        "k": k,
-        "reconstruction": found["tokenizer"]["psnr"],
-        **found["k"][str(k)],
+        **found["k"][name_of(k)],
     }
+    if k is not None:
+        figures["k"] = k
+    if "tokenizer" in found:
+        figures["tokenizer_parameters"] = parameter_count(trained.params["tokenizer"]) / 1e6
+        figures["reconstruction"] = found["tokenizer"]["psnr"]
     return figures, dreamt
 
 
@@ -143,7 +144,7 @@ def film(truth: Float[np.ndarray, "n T H W C"], dreams: list[np.ndarray]) -> Flo
 def table(rows: dict[str, dict[str, Any]], options: Options) -> Table:
     """The figures side by side."""
     named = {f"{run} ({figures['kind']})": figures for run, figures in rows.items()}
-    return evaluate.make_table(vars(options), COLUMNS, named, names="run")
+    return make_table(vars(options), COLUMNS, named, names="run")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from score_tables import label, name_of
 
 from dreamer4.errors import UserError
 from dreamer4.train.cli import main
@@ -28,29 +29,30 @@ class Options:
 
 def draw_curves(path: Path, report: dict[str, Any]) -> None:
     """A PNG of ``report`` (``evaluation.json``): PSNR and, where it is known, position error at each step of the
-    horizon, for each K, beside the last frame repeated, another clip's actions and the tokenizer."""
+    horizon, for each K, beside the last frame repeated, another clip's actions and the tokenizer where there is one."""
     from matplotlib import colormaps  # an extra
     from matplotlib.figure import Figure
 
-    rows, film_k = report["k"], str(report["film_k"])
+    rows, film_k = report["k"], name_of(report["film_k"])
     shades = colormaps["viridis"](np.linspace(0.85, 0.1, len(rows)))
-    lines = [(f"K = {k}", rows[k]["steps"]["dream"], {"color": c}) for k, c in zip(rows, shades, strict=True)]
+    lines = [(label(k), rows[k]["steps"]["dream"], {"color": c}) for k, c in zip(rows, shades, strict=True)]
     lines += [
-        (f"K = {film_k}, other actions", rows[film_k]["steps"]["shuffled"], {"color": "tab:red", "linestyle": "--"}),
+        (f"{label(film_k)}, other actions", rows[film_k]["steps"]["shuffled"], {"color": "tab:red", "linestyle": "--"}),
         ("last frame repeated", report["copy"]["steps"], {"color": "0.55", "linestyle": "--"}),
-        ("tokenizer", report["tokenizer"]["steps"], {"color": "black", "linestyle": ":"}),
     ]
+    if "tokenizer" in report:
+        lines.append(("tokenizer", report["tokenizer"]["steps"], {"color": "black", "linestyle": ":"}))
     shown = [name for name in PANELS if name in report["copy"]["steps"]]
     figure = Figure((SIZE[0] * len(shown) + 2, SIZE[1]), dpi=150, layout="constrained")
-    for name, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
-        for label, steps, style in lines:
-            values = np.array(steps[name], float)  # what is missing (null) leaves a gap
-            axes.plot(np.arange(1, len(values) + 1), values, label=label, marker=".", **style)
+    for metric, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
+        for name, steps, style in lines:
+            values = np.array(steps[metric], float)  # what is missing (null) leaves a gap
+            axes.plot(np.arange(1, len(values) + 1), values, label=name, marker=".", **style)
         axes.set_xlabel("frames since the last real one")
-        axes.set_ylabel(PANELS[name])
+        axes.set_ylabel(PANELS[metric])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if name == "position":
+        if metric == "position":
             axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)

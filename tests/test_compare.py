@@ -1,11 +1,9 @@
-import functools
 import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as imageio
-import jax
 import numpy as np
 import pytest
 import tyro
@@ -50,15 +48,9 @@ def runs(scripts, make_run):
 @pytest.fixture(scope="module")
 def compare(scripts):
     """The experiment as a function of its arguments."""
-
-    def compare(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            # These programs take much longer to compile than to run.
-            quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-            patch.setattr(jax, "jit", quick)
-            scripts.compare.compare(tyro.cli(scripts.compare.Options, args=[str(a) for a in arguments]))
-
-    return compare
+    return lambda *arguments: scripts.compare.compare(
+        tyro.cli(scripts.compare.Options, args=[str(a) for a in arguments])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +122,11 @@ def test_clips_that_differ_are_refused_before_anything_is_dreamt(compare, runs, 
     with pytest.raises(UserError, match="file is a file, a folder expected"):
         compare(*runs, *QUICK, "--out", tmp_path / "file")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lone_clip_is_refused(scripts):
+    with pytest.raises(UserError, match="clips: 1 found, 2 or more expected"):
+        scripts.compare.Options((Path("a"), Path("b")), clips=1)
 
 
 def test_a_run_that_dreams_nothing_is_refused(compare, runs, tmp_path):

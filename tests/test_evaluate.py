@@ -1,4 +1,3 @@
-import functools
 import importlib.util
 import json
 import math
@@ -10,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as imageio
-import jax
 import numpy as np
 import pytest
 import tyro
 
 from dreamer4.errors import UserError
+from dreamer4.rollout.evaluation import Horizon
 from dreamer4.runs import load_dynamics
 from noise_runs import noise_run
 from stores import add_latents, ids_of, write_store
@@ -28,7 +27,7 @@ K = 1, 2
 @pytest.fixture(scope="module")
 def scripts():
     """The experiments, which import each other as scripts do."""
-    names = ("train_tokenizer", "train_dynamics", "curves", "evaluate")
+    names = ("train_tokenizer", "train_dynamics", "curves", "dream_clips", "evaluate", "score_tables")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXPERIMENTS))
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -59,15 +58,9 @@ def run(make_dynamics):
 @pytest.fixture(scope="module")
 def evaluate(scripts):
     """The experiment as a function of its arguments."""
-
-    def evaluate(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            # These programs take much longer to compile than to run.
-            quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-            patch.setattr(jax, "jit", quick)
-            scripts.evaluate.evaluate(tyro.cli(scripts.evaluate.Options, args=[str(a) for a in arguments]))
-
-    return evaluate
+    return lambda *arguments: scripts.evaluate.evaluate(
+        tyro.cli(scripts.evaluate.Options, args=[str(a) for a in arguments])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +149,7 @@ def test_what_cannot_be_had_is_said(evaluated):
 
 
 def test_the_table_has_a_row_for_each_k_and_what_it_is_held_against(scripts, evaluated):
-    made = scripts.evaluate.table(evaluated.report)
+    made = scripts.score_tables.table(evaluated.report)
     columns = [list(column.cells) for column in made.columns]
     assert columns[0] == ["last frame", "tokenizer", "K = 1", "K = 2"]
     heads = [" ".join(str(column.header).split()) for column in made.columns]
@@ -180,7 +173,7 @@ def test_without_matplotlib_the_command_that_draws_is_named(scripts, evaluated, 
 def test_a_model_that_broke_is_written_as_null_and_drawn_as_a_gap(scripts, evaluated, tmp_path):
     broken = json.loads(json.dumps(evaluated.report))
     broken["k"]["1"]["steps"]["dream"]["psnr"][2] = broken["k"]["1"]["psnr"] = float("nan")
-    finite = scripts.evaluate.finite(broken)
+    finite = scripts.score_tables.finite(broken)
     assert finite["k"]["1"]["steps"]["dream"]["psnr"][2] is finite["k"]["1"]["psnr"] is None
     assert finite["k"]["2"] == evaluated.report["k"]["2"]
     scripts.curves.draw_curves(tmp_path / "curves.png", finite)
@@ -227,8 +220,9 @@ def store_run(make_dynamics, tmp_path_factory):
 
 def clips_of(scripts, run, *arguments):
     options = tyro.cli(scripts.evaluate.Options, args=["--run", str(run), *map(str, arguments)])
-    horizon = scripts.evaluate.Horizon(options.context, options.horizon)
-    return scripts.evaluate.held_out(load_dynamics(run), options, horizon)
+    horizon = Horizon(options.context, options.horizon)
+    asked = options.run, options.data, options.split, options.clips, horizon
+    return scripts.dream_clips.held_out(load_dynamics(run), *asked)
 
 
 def test_clips_of_a_run_on_a_data_set_are_held_out_from_it(scripts, store_run):
@@ -307,6 +301,14 @@ def test_a_run_that_is_missing_is_told(evaluate, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("name", ["k", "codes"])
+def test_a_run_of_latent_actions_cannot_dream(evaluate, tmp_path, name):
+    (tmp_path / "config.json").write_text('{"latent_action": {}}')
+    assert refused(evaluate, tmp_path, f"--{name}", "2", "0") == (
+        f"{name}: [2, 0] found, none expected: {tmp_path}, a run of train_latent_action.py, does not dream"
+    )
+
+
 def test_a_run_without_a_checkpoint_is_told(evaluate, tmp_path):
     assert refused(evaluate, tmp_path) == f"{tmp_path}/checkpoints: no checkpoint"
 
@@ -340,7 +342,7 @@ def test_what_the_data_has_not_is_told(evaluate, store_run, arguments, words):
     ("store", "words"),
     [
         (None, "is not there"),
-        ({"choices": 4}, "data: actions .* found, .* expected, as in the run"),
+        ({"choices": 4}, "data: action of 4 choices found, action of 5 choices expected, as in the run"),
         ({"size": (24, 24)}, r"data: frames of \(24, 24, 3\) found, \(16, 16, 3\) expected"),
         ({"labelled": False}, "data: 5 of 5 clips have no actions"),
     ],

@@ -25,15 +25,6 @@ LENGTHS = {"e0": 40, "e1": 1, "e2": 7, "e3": 17}
 MODEL = PairLatentAction(PairConfig(channels=(4, 4), tokens=2, code_width=3), VQConfig(codes=16), 8, 12)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilations():
-    """The programs take much longer to compile than to run."""
-    with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-        patch.setattr(jax, "jit", quick)
-        yield
-
-
 @pytest.fixture(scope="module")
 def script():
     with pytest.MonkeyPatch.context() as patch:

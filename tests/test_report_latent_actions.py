@@ -1,5 +1,4 @@
 import base64
-import functools
 import html.parser
 import importlib
 import io
@@ -8,12 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as imageio
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from dreamer4.data.episodes import Column, Episode, Schema
@@ -25,31 +22,9 @@ from dreamer4.train.checkpoint import Identity
 from stores import ids_of, write_store
 
 DIGEST = "ab" * 32
+pytestmark = pytest.mark.usefixtures("kept_compilations")
 QUICK = ("--clips", "6", "--labelled-clips", "20", "--frames", "4")
 EPISODES = dict(zip([*ids_of("train", 3), *ids_of("validation")], [6, 7, 5, 9], strict=True))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilations(tmp_path_factory):
-    """The programs take much longer to compile than to run, and the reports of this file compile the same few."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-
-    def use(values):
-        compilation_cache.reset_cache()
-        for name, value in values.items():
-            jax.config.update(name, value)
-
-    use(options)
-    with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-        patch.setattr(jax, "jit", quick)
-        yield
-    use(before)
 
 
 @pytest.fixture(scope="module")

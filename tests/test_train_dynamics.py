@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import importlib
 import json
 import os
@@ -15,7 +14,6 @@ import imageio.v3 as imageio
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dreamer4.errors import UserError
 from dreamer4.runs import load_dynamics
@@ -28,32 +26,9 @@ from dreamer4.train.logging import WALL_CLOCK
 from stores import add_latents, ids_of, write_store
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+pytestmark = pytest.mark.usefixtures("kept_compilations")
 STEPS = 6
-JIT = jax.jit
 SHORT = ("debug", "--train.steps", STEPS, "--train.log-every", 1, "--train.eval-every", 3, "--train.keep", STEPS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilations(tmp_path_factory):
-    """The programs take much longer to compile than to run, and the runs of this file compile the same few."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-
-    def use(values):
-        compilation_cache.reset_cache()
-        for name, value in values.items():
-            jax.config.update(name, value)
-
-    use(options)
-    with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-        patch.setattr(jax, "jit", quick)
-        yield
-    use(before)
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +376,6 @@ def test_a_refused_command_ends_with_status_2(tmp_path):
 )
 def test_a_dry_run_needs_no_tokenizer(train, tmp_path, monkeypatch, capsys, preset, low, high):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jax, "jit", JIT)  # nothing is compiled, and a step inside another function takes no options
     data = ("--data", write_store(tmp_path / "data", EPISODES, (210, 160))) if preset == "atari" else ()
     train(preset, *data, "--dry-run")
     out = capsys.readouterr().out

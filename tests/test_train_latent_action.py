@@ -1,4 +1,3 @@
-import functools
 import importlib.util
 import json
 import re
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dreamer4.errors import UserError
 from dreamer4.models.latent_action import infer
@@ -23,29 +21,7 @@ from dreamer4.train.logging import WALL_CLOCK
 from stores import ids_of, write_store
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilations(tmp_path_factory):
-    """The programs take much longer to compile than to run, and the runs of this file compile the same few."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-
-    def use(values):
-        compilation_cache.reset_cache()
-        for name, value in values.items():
-            jax.config.update(name, value)
-
-    use(options)
-    with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-        patch.setattr(jax, "jit", quick)
-        yield
-    use(before)
+pytestmark = pytest.mark.usefixtures("kept_compilations")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,3 @@
-import functools
 import importlib
 import json
 import shutil
@@ -6,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as imageio
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,15 +22,6 @@ from stores import ids_of, write_store
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STEPS = ("--tokenizer-steps", "6", "--latent-action-steps", "6", "--maskgit-steps", "6")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilations():
-    """The programs take much longer to compile than to run."""
-    with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-        patch.setattr(jax, "jit", quick)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +189,3 @@ def test_data_that_cannot_be_recorded_are_asked_for(scripts, tmp_path):
     config = choose_preset(scripts.train_tinyworlds.PRESETS, ["pong", "--data", str(tmp_path / "pong")])
     with pytest.raises(UserError, match=r"data: there is no .*pong; record one"):
         scripts.train_tinyworlds.train(config)
-
-
-def test_the_way_that_a_square_went(scripts):
-    moves = np.array([[0.0, 0.4], [-2.0, 0.1], [2.0, 1.0], [0.3, -2.0], [-1.0, 2.0]])
-    np.testing.assert_array_equal(scripts.evaluate.direction(moves), [0, 1, 2, 3, 4])
