@@ -1,8 +1,8 @@
 """How fast it is, as figures that compare: ``uv run experiments/benchmark.py BENCHMARK [FLAGS]``.
 
-There are ``tokenizer``, ``video_tokenizer``, ``dynamics``, ``generate`` and ``unmask``. Everything is measured in this
-one process, without the compilation cache: the time from the start of the script to the end of the first training step,
-the steady rate, and beside it what this machine's matrix product does.
+There are ``tokenizer``, ``video_tokenizer``, ``dynamics``, ``next_frame``, ``generate`` and ``unmask``. Everything is
+measured in this one process, without the compilation cache: the time from the start of the script to the end of the
+first training step, the steady rate, and beside it what this machine's matrix product does.
 """
 
 import time
@@ -18,6 +18,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import train_dynamics  # noqa: E402
+import train_next_frame  # noqa: E402
 import train_tokenizer  # noqa: E402
 import tyro  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -25,8 +26,10 @@ from rich.table import Table  # noqa: E402
 
 from dreamer4.batch import ActionComponent  # noqa: E402
 from dreamer4.config import at_least  # noqa: E402
+from dreamer4.data.toy import ToyConfig, ToySource  # noqa: E402
 from dreamer4.errors import UserError  # noqa: E402
 from dreamer4.models.maskgit import MaskGIT, MaskGITConfig, init_maskgit  # noqa: E402
+from dreamer4.models.next_frame import next_frame_flops  # noqa: E402
 from dreamer4.models.tokenizer import init_tokenizer  # noqa: E402
 from dreamer4.models.video_tokenizer import VideoTokenizer, VideoTokenizerConfig, init_video_tokenizer  # noqa: E402
 from dreamer4.nn.transformer import TransformerConfig  # noqa: E402
@@ -91,6 +94,17 @@ class DynamicsBenchmark(Benchmark):
 
 
 @dataclasses.dataclass(frozen=True)
+class NextFrameBenchmark(Benchmark):
+    """Training steps of the model that predicts frames of 256x256, at its authors' size, on pictures of the toy world.
+    The rate counts frames that are predicted."""
+
+    batch: int = 4
+    """Frames that a step predicts."""
+    steps: int = 2
+    """Steps in a round."""
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerateBenchmark(Benchmark):
     """Frames dreamt by the reference dynamics, as latents, one stream at a time, with the cache and without."""
 
@@ -136,15 +150,34 @@ def benchmark_dynamics(options: DynamicsBenchmark) -> dict[str, Any]:
     )
 
 
+def benchmark_next_frame(options: NextFrameBenchmark) -> dict[str, Any]:
+    """Rates of the next-frame model's training step, L1 alone."""
+    config = train_next_frame.RECORDINGS
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=options.batch))
+    source = ToySource(ToyConfig(height=256, width=256, max_side=64), config.train.shapes)
+    objective, weights = train_next_frame.make_objective(config, source.spec)
+    return benchmark_steps(
+        options,
+        config,
+        objective,
+        source,
+        weights,
+        lambda shape: 3 * shape[0] * next_frame_flops(objective.model),
+        learned=1,
+    )
+
+
 def benchmark_steps(
-    options: TokenizerBenchmark | DynamicsBenchmark,
-    config: train_tokenizer.Config | train_dynamics.Config,
+    options: TokenizerBenchmark | DynamicsBenchmark | NextFrameBenchmark,
+    config: train_tokenizer.Config | train_dynamics.Config | train_next_frame.Config,
     objective: Objective,
     source: Source,
     frozen: PyTree,
     flops: Callable[[Shape], float],
+    learned: int | None = None,
 ) -> dict[str, Any]:
-    """Rates of training steps; ``flops`` counts the operations of one on a batch of the shape (clips, frames)."""
+    """Rates of training steps; ``flops`` counts the operations of one on a batch of the shape (clips, frames), of whose
+    frames ``learned`` count, or all."""
     program = make_program(objective, source, config.train, config.optimizer)
     key, batches, shapes = jax.random.key(0), source.batches(0), itertools.cycle(source.shapes)
     frozen = jax.device_put(frozen, NamedSharding(program.mesh, PartitionSpec()))
@@ -169,7 +202,7 @@ def benchmark_steps(
     total = time.perf_counter()
     seconds = min(_seconds(lambda: steps(count)) for _ in range(options.rounds)) / count
     total = time.perf_counter() - total
-    frames = sum(clips * length for clips, length in source.shapes) / cycle
+    frames = sum(clips * (learned or length) for clips, length in source.shapes) / cycle
     work = sum(map(flops, source.shapes)) / cycle
     rate = matmul_rate(_model(config).transformer.dtype)
     return {
@@ -268,8 +301,10 @@ def _preset(presets: Mapping[str, tuple[str, Any]], options: TokenizerBenchmark 
     return config if options.data is None else dataclasses.replace(config, data=options.data)
 
 
-def _model(config: train_tokenizer.Config | train_dynamics.Config) -> Any:
+def _model(config: train_tokenizer.Config | train_dynamics.Config | train_next_frame.Config) -> Any:
     """The configuration of the model that is trained."""
+    if isinstance(config, train_next_frame.Config):
+        return config.next_frame
     if isinstance(config, train_dynamics.Config):
         return config.dynamics
     return config.video_tokenizer if config.model == "codes" else config.tokenizer
@@ -313,6 +348,7 @@ BENCHMARKS = {
     "tokenizer": (TokenizerBenchmark, benchmark_tokenizer),
     "video_tokenizer": (VideoTokenizerBenchmark, benchmark_tokenizer),
     "dynamics": (DynamicsBenchmark, benchmark_dynamics),
+    "next_frame": (NextFrameBenchmark, benchmark_next_frame),
     "generate": (GenerateBenchmark, benchmark_generate),
     "unmask": (UnmaskBenchmark, benchmark_unmask),
 }
