@@ -58,7 +58,7 @@ def test_ssim_and_psnr_match_scikit_image(kind, noise):
     similarity, psnr = ssim(prediction, target), pixels.psnr(prediction, target)
     assert similarity.shape == psnr.shape == (2, 3)
     np.testing.assert_allclose(similarity, per_image(reference_ssim, prediction, target), atol=1e-5, rtol=0)
-    np.testing.assert_allclose(psnr, per_image(reference_psnr, prediction, target), rtol=1e-6)
+    np.testing.assert_allclose(psnr, per_image(reference_psnr, prediction, target), rtol=5e-6)
 
 
 def test_ssim_of_other_sizes_and_channels():

@@ -28,8 +28,6 @@ CONFIG = DynamicsConfig(
 MODEL = Dynamics(CONFIG, ACTIONS, latents=2, bottleneck=6)
 ALONE = dataclasses.replace(MODEL, config=dataclasses.replace(CONFIG, agents=0))  # no agent tokens
 TIME = 5  # two time layers of three frames reach back over all of it
-# These programs take much longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed, *shape):
@@ -77,7 +75,7 @@ def apply(model, params, given, cache=None, starts=None):
     return model.apply({"params": params}, **given, cache=cache, starts=starts)
 
 
-run = jit(apply, static_argnums=0)
+run = jax.jit(apply, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +90,7 @@ def moved(params):
         return {"world": (z1_hat[0] * world).sum((1, 2)), "agent": (agents[0] * agent).sum((1, 2))}
 
     felt = {"noised": given["noised"], "agent": given["agent"], "stick": given["action"]["stick"]}
-    jacobian = jit(jax.jacrev(outputs))(felt)
+    jacobian = jax.jit(jax.jacrev(outputs))(felt)
     return jax.tree.map(lambda x: np.abs(x[:, 0]).reshape(TIME, TIME, -1).sum(-1), jacobian)
 
 
@@ -205,7 +203,7 @@ def test_every_parameter_has_a_gradient_and_unknown_actions_may_be_nan():
     stick = given["action"]["stick"].at[1].set(jnp.nan)
     given |= {"labelled": given["labelled"].at[1].set(False), "action": given["action"] | {"stick": stick}}
     weights = normal(5, *given["noised"].shape)
-    gradient = jit(jax.grad(lambda p: jnp.sum(weights * apply(ALONE, p, given)[0])))(draw(ALONE))
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(weights * apply(ALONE, p, given)[0])))(draw(ALONE))
     leaves = {jax.tree_util.keystr(p, simple=True): x for p, x in jax.tree_util.tree_leaves_with_path(gradient)}
     assert [name for name, leaf in leaves.items() if not np.isfinite(leaf).all()] == []
     assert [name for name, leaf in leaves.items() if not leaf.any()] == []
@@ -290,7 +288,7 @@ def structured(**fields):
 
 
 def test_structured_start():
-    params = jit(functools.partial(init_dynamics, structured(kv_heads=2)))(jax.random.key(0))
+    params = jax.jit(functools.partial(init_dynamics, structured(kv_heads=2)))(jax.random.key(0))
     assert not jnp.any(params["to_latents"]["kernel"])  # the first prediction is the mean
     np.testing.assert_allclose(params["places"][2:8], sinusoids((2, 3), 16), atol=1e-6)
     space, time = (params["transformer"]["blocks"][name]["attention"] for name in ("space_0", "time"))

@@ -34,7 +34,22 @@ VIDEO = jax.random.uniform(jax.random.key(5), (2, 4, 10, 12, 3))
 @functools.cache
 def made(config, channels=3):
     model = config.build(10, 12, channels)
-    return model, init_latent_action(model, jax.random.key(0))[0]
+    return model, jax.jit(lambda key: init_latent_action(model, key)[0])(jax.random.key(0))
+
+
+def told(model, params, video):
+    """The codes of a video, and what they predict."""
+
+    @jax.jit
+    def run(params, video):
+        found = infer(model, params, video)
+        return found, predict(model, params, video, found.codes)
+
+    return run(params, video)
+
+
+def encoder(model, **options):
+    return jax.jit(lambda params, video: encode(model, params, video, **options)[0])
 
 
 def with_pair(**fields):
@@ -56,31 +71,30 @@ def test_the_seeds_sizes():
 @pytest.mark.parametrize("tokens", [None, 1, 4])
 def test_a_transition_gets_as_many_codes_as_asked(tokens):
     model, params = made(with_pair(tokens=tokens))
-    found = infer(model, params, VIDEO)
+    found, predicted = told(model, params, VIDEO)
     count = 3 * 3 if tokens is None else tokens
     assert model.tokens == count
     assert found.ids.shape == (2, 3, count)
     assert found.codes.shape == (2, 3, count, 3)
-    assert predict(model, params, VIDEO, found.codes).shape == (2, 3, 10, 12, 3)
+    assert predicted.shape == (2, 3, 10, 12, 3)
 
 
 def test_gray_frames_are_frames():
     model, params = made(PAIR, channels=1)
-    gray = VIDEO[..., :1]
-    assert predict(model, params, gray, infer(model, params, gray).codes).shape == (2, 3, 10, 12, 1)
+    assert told(model, params, VIDEO[..., :1])[1].shape == (2, 3, 10, 12, 1)
 
 
 @pytest.mark.parametrize("config", [PAIR, ROUNDED, SEQUENCE], ids=["vq", "fsq", "sequence"])
 def test_ids_name_codes(config):
     model, params = made(config)
-    found = infer(model, params, VIDEO)
+    found = jax.jit(functools.partial(infer, model))(params, VIDEO)
     np.testing.assert_allclose(codes_of(model, params, found.ids), found.codes, atol=1e-5)
     assert int(found.ids.max()) < model.code_count
 
 
 def seen(function, *inputs):
     """Of each frame of the first input, whether the output hangs on it."""
-    gradient = jax.grad(lambda x: jnp.sum(jnp.square(function(x, *inputs[1:]))))(inputs[0])
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(function(x, *inputs[1:])))))(inputs[0])
     return np.any(np.asarray(gradient) != 0, axis=(0, *range(2, gradient.ndim))).tolist()
 
 
@@ -93,17 +107,17 @@ def test_a_transition_is_told_from_its_two_frames_alone():
 def test_odd_vectors_change_their_sign_with_the_order_of_the_frames(gated):
     model, params = made(with_pair(odd=True, gated=gated, tokens=2, pool="mean"))
     assert "bias" not in params["net"]["to_codes"]
-    forwards, _ = encode(model, params, VIDEO)
-    backwards, _ = encode(model, params, VIDEO[:, ::-1])
+    run = encoder(model)
+    forwards, backwards = run(params, VIDEO), run(params, VIDEO[:, ::-1])
     assert np.abs(np.asarray(forwards)).max() > 1e-3
     np.testing.assert_allclose(forwards, -backwards[:, ::-1], atol=1e-6)
-    still, _ = encode(model, params, jnp.repeat(VIDEO[:, :1], 3, axis=1))
+    still = run(params, jnp.repeat(VIDEO[:, :1], 4, axis=1))
     np.testing.assert_allclose(still, np.zeros_like(still), atol=1e-6)
 
 
 def test_unit_vectors_have_one_size():
     model, params = made(with_pair(unit=True))
-    vectors, _ = encode(model, params, VIDEO)
+    vectors = encoder(model)(params, VIDEO)
     np.testing.assert_allclose(jnp.mean(jnp.square(vectors), -1), np.ones(vectors.shape[:-1]), rtol=1e-3)
 
 
@@ -114,19 +128,25 @@ def test_a_prediction_hangs_on_the_frame_before_and_its_own_codes_alone(conditio
     codes = jax.random.normal(jax.random.key(1), (2, 3, model.tokens, 3))
     assert seen(lambda video: predict(model, params, video, codes)[:, 1], VIDEO) == [False, True, False, False]
     assert seen(lambda codes: predict(model, params, VIDEO, codes)[:, 1], codes) == [False, True, False]
-    by_code = jax.grad(lambda c: jnp.sum(jnp.square(predict(model, params, VIDEO, c))))(codes)
+    by_code = jax.jit(jax.grad(lambda c: jnp.sum(jnp.square(predict(model, params, VIDEO, c)))))(codes)
     assert np.all(np.any(np.asarray(by_code) != 0, axis=-1))  # every one of the codes is heard
 
 
 def test_batch_norm_goes_by_its_running_moments_outside_training():
     model, params = made(with_pair(norm="batch"))
-    both, seen_both = encode(model, params, VIDEO, train=True)
-    alone, _ = encode(model, params, VIDEO[:1], train=True)
+    other = VIDEO.at[1].set(0)
+    train, run = encoder(model, train=True), encoder(model)
+    both, alone = (train(params, video) for video in (VIDEO, other))
     assert np.abs(np.asarray(both[0] - alone[0])).max() > 1e-3  # in training the other clip has a say
-    together, one = (encode(model, params, video)[0] for video in (VIDEO, VIDEO[:1]))
+    together, one = (run(params, video) for video in (VIDEO, other))
     np.testing.assert_allclose(together[0], one[0], rtol=1e-5, atol=1e-6)
-    _, more = decode(model, params, VIDEO, infer(model, params, VIDEO).codes, train=True)
-    assert jax.tree.structure(seen_both | more) == jax.tree.structure(params["moments"])
+
+    def moments(params, video):
+        codes = infer(model, params, video).codes
+        return encode(model, params, video, train=True)[1] | decode(model, params, video, codes, train=True)[1]
+
+    found = jax.eval_shape(moments, params, VIDEO)
+    assert jax.tree.structure(found) == jax.tree.structure(params["moments"])
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,6 @@ SMALL = TransformerConfig(
 )
 MODEL = MaskGIT(MaskGITConfig(transformer=SMALL), FSQ, (2, 2), ACTIONS)
 BATCH, TIME, TOKENS = 2, 5, 4  # two time layers of three frames reach back over all of it
-# These programs take much longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def with_transformer(model=MODEL, **fields):
@@ -75,7 +73,7 @@ def apply(model, params, given, cache=None):
     return model.apply({"params": params}, **given, cache=cache)
 
 
-run = jit(apply, static_argnums=0)
+run = jax.jit(apply, static_argnums=0)
 PARAMS = {model: draw(model) for model in (MODEL, ZERO)}
 age = np.subtract.outer(np.arange(TIME), np.arange(TIME))
 
@@ -89,7 +87,7 @@ def test_logits_are_causal_in_codes_and_actions():
         return (logits[0] * weights).sum((1, 2))
 
     felt = {"codes": given["codes"], "stick": given["action"]["stick"]}
-    jacobian = jit(jax.jacrev(outputs))(felt)
+    jacobian = jax.jit(jax.jacrev(outputs))(felt)
     moved = jax.tree.map(lambda x: np.abs(x[:, 0]).reshape(TIME, TIME, -1).sum(-1), jacobian)
     for name, far in moved.items():
         # The action of a frame is what led to it: frame t feels action t, and no later one.
@@ -102,7 +100,7 @@ def test_logits_are_causal_in_codes_and_actions():
 
 def test_drafts_are_told_as_in_a_dream():
     given, model = inputs(), ZERO
-    drafts = jit(lambda params: model.apply({"params": params}, **given, drafts=True)[0])(PARAMS[model])
+    drafts = jax.jit(lambda params: model.apply({"params": params}, **given, drafts=True)[0])(PARAMS[model])
     cache, parts = model.cache(BATCH), []
     for t in range(TIME):  # the ring of 3 wraps
         now = at(given, t)
@@ -138,7 +136,7 @@ def test_unlabelled_frames_feel_what_was_inferred_alone():
 def test_every_parameter_has_a_gradient():
     given, model = inputs(), ZERO
     weights = normal(5, BATCH, TIME, TOKENS, FSQ.codes)
-    gradient = jit(jax.grad(lambda p: jnp.sum(weights * apply(model, p, given)[0])))(PARAMS[model])
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(weights * apply(model, p, given)[0])))(PARAMS[model])
     leaves = {jax.tree_util.keystr(p, simple=True): x for p, x in jax.tree_util.tree_leaves_with_path(gradient)}
     assert [name for name, leaf in leaves.items() if not leaf.any()] == []
 
@@ -177,7 +175,7 @@ def test_codes_are_drawn_as_often_as_they_are_likely(model, temperature):
 def test_structured_start():
     config = dataclasses.replace(MODEL.config, start="structured")
     model = with_transformer(dataclasses.replace(MODEL, config=config), kv_heads=2)
-    params = jit(functools.partial(init_maskgit, model))(jax.random.key(0))
+    params = jax.jit(functools.partial(init_maskgit, model))(jax.random.key(0))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(params["to_logits"]))  # all codes are equally likely
     np.testing.assert_allclose(params["places"], sinusoids((2, 2), 16), atol=1e-6)
     space, time = (params["transformer"]["blocks"][name]["attention"] for name in ("space_0", "time"))

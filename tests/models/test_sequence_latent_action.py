@@ -30,8 +30,6 @@ CONFIG = SequenceConfig(
 )
 FSQ = FSQConfig(levels=(2, 2, 2), rounding="symmetric")
 BATCH, TIME = 2, 6
-# These programs take much longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def model_of(config=CONFIG, quantizer=FSQ, size=(4, 5, 3), **transformer):
@@ -84,7 +82,7 @@ def influence(f, *arguments):
         each = lambda *x: (f(*x)[0] * direction).reshape(shape[1], -1).sum(-1)  # noqa: E731
         return jax.jacrev(each, argnums=tuple(range(len(arguments))))(*arguments)
 
-    found = jit(gradients)(*arguments)
+    found = jax.jit(gradients)(*arguments)
     assert not any(x[:, 1:].any() for x in found), "clips of a batch are mixed"
     return [np.abs(x[:, 0]).reshape(*x.shape[:1], x.shape[2], -1).sum(-1) for x in found]
 
@@ -191,9 +189,8 @@ def multiplied(jaxpr):
 def test_odd_vectors_change_their_sign_with_the_order_of_the_frames():
     model = model_of(variant(window="pair", odd=True))
     params, video = draw(model), frames(3)
-    forwards, backwards, still = (
-        encode(model, params, x) for x in (video, video[:, ::-1], jnp.repeat(video[:, :1], 3, axis=1))
-    )
+    run = jax.jit(functools.partial(encode, model))
+    forwards, backwards, still = (run(params, x) for x in (video, video[:, ::-1], jnp.repeat(video[:, :1], 3, axis=1)))
     assert np.abs(np.asarray(forwards)).max() > 1e-3
     np.testing.assert_allclose(forwards, -backwards[:, ::-1], atol=1e-5)
     np.testing.assert_allclose(still, np.zeros_like(still), atol=1e-5)
@@ -219,7 +216,7 @@ TOY = SequenceConfig(
 
 @pytest.fixture(scope="module")
 def start():
-    return jit(functools.partial(init_sequence, SequenceLatentAction(TOY, FSQ, 16, 16)))(jax.random.key(0))
+    return jax.jit(functools.partial(init_sequence, SequenceLatentAction(TOY, FSQ, 16, 16)))(jax.random.key(0))
 
 
 def test_structured_start(start):
@@ -274,9 +271,10 @@ def test_codes_learn_to_tell_the_motion(start):
     hidden = np.random.default_rng(1).random((steps + 2, 8, 3)) < TOY.masked
     hidden[steps:] = True
     turns = np.arange(steps + 2) == steps + 1
-    (flat, _), errors = jax.jit(functools.partial(jax.lax.scan, step))(
-        (flat, adam.init(flat)), (jnp.asarray(hidden), jnp.asarray(turns, int))
-    )
+    # It takes longer to run than to compile.
+    (flat, _), errors = jax.jit(
+        functools.partial(jax.lax.scan, step), compiler_options={"xla_backend_optimization_level": 3}
+    )((flat, adam.init(flat)), (jnp.asarray(hidden), jnp.asarray(turns, int)))
     right, rolled = errors[steps:]
     still = jnp.mean(jnp.square(video[:, 1:] - video[:, :-1]))
     assert right < 0.25 * still

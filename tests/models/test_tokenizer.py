@@ -23,8 +23,6 @@ CONFIG = TokenizerConfig(
 )
 MODEL = Tokenizer(CONFIG, height=4, width=6)
 BATCH, TIME, PATCHES = 2, 6, 6
-# These programs take much longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def with_transformer(config, **fields):
@@ -62,14 +60,14 @@ def decode(model, params, latents, cache=None):
     return model.apply({"params": params}, latents, cache, method=Tokenizer.decode)
 
 
-run_encode, run_decode = jit(encode, static_argnums=0), jit(decode, static_argnums=0)
+run_encode, run_decode = jax.jit(encode, static_argnums=0), jax.jit(decode, static_argnums=0)
 
 
 def influence(f, x):
     """How much frame u of the first clip in ``x`` moves frame t of it in ``f(x)``: a (T, T) array of gradient sizes at
     [t, u]."""
     direction = normal(9, *jax.eval_shape(f, x).shape[2:])
-    gradients = jit(jax.jacrev(lambda x: (f(x)[0] * direction).reshape(TIME, -1).sum(-1)))(x)
+    gradients = jax.jit(jax.jacrev(lambda x: (f(x)[0] * direction).reshape(TIME, -1).sum(-1)))(x)
     assert not gradients[:, 1:].any(), "clips of a batch are mixed"
     return np.abs(gradients[:, 0]).reshape(TIME, TIME, -1).sum(-1)
 
@@ -107,7 +105,7 @@ def test_frame_by_frame_equals_the_whole_clip(params):
 def test_masked_patches_carry_no_information(params):
     masked = jnp.asarray(np.random.default_rng(3).random((BATCH, TIME, PATCHES)) < 0.5)
     weights = normal(4, BATCH, TIME, 3, 4)
-    gradient = jit(jax.grad(lambda x: jnp.sum(weights * encode(MODEL, params, x, masked)[0])))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(weights * encode(MODEL, params, x, masked)[0])))
     felt = np.abs(patchify(gradient(frames()), CONFIG.patch))
     assert not felt[masked].any()
     assert felt[~masked].all()
@@ -164,7 +162,7 @@ def start():
     """A function of a key to the random and the structured start."""
     configs = SMALL, dataclasses.replace(SMALL, start="structured")
     models = [Tokenizer(config, height=4, width=6) for config in configs]
-    return jit(lambda key: [init_tokenizer(model, key) for model in models])
+    return jax.jit(lambda key: [init_tokenizer(model, key) for model in models])
 
 
 def test_a_key_says_the_start(start):
@@ -214,7 +212,7 @@ def test_frames_of_any_size_come_back(height, width, channels, patch):
 
 def test_padding_beyond_the_frame_teaches_nothing_and_changes_no_pixel():
     model = Tokenizer(dataclasses.replace(CONFIG, patch=4), height=6, width=9)
-    params = init_tokenizer(model, jax.random.key(0))
+    params = jax.jit(functools.partial(init_tokenizer, model))(jax.random.key(0))
     video = jax.random.uniform(jax.random.key(1), (1, 2, 6, 9, 3))
     whole = jnp.pad(video, ((0, 0), (0, 0), (0, 2), (0, 3), (0, 0)), mode="edge")
     larger = dataclasses.replace(model, height=8, width=12)
@@ -291,10 +289,10 @@ def test_every_parameter_has_a_gradient():
         patch=4, latents=4, bottleneck=4, transformer=TransformerConfig(d_model=16, depth=4, heads=2, context=4)
     )
     model = Tokenizer(config, 8, 8)
-    params = init_tokenizer(model, jax.random.key(0))
+    params = jax.jit(functools.partial(init_tokenizer, model))(jax.random.key(0))
     video = jax.random.uniform(jax.random.key(1), (2, 3, 8, 8, 3))
     masked = jax.random.bernoulli(jax.random.key(2), 0.5, (2, 3, 4))
-    gradient = jit(jax.grad(lambda p: jnp.mean((reconstruct(model, p, video, masked) - video) ** 2)))
+    gradient = jax.jit(jax.grad(lambda p: jnp.mean((reconstruct(model, p, video, masked) - video) ** 2)))
     dead = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(params))

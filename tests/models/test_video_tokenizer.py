@@ -29,8 +29,6 @@ CONFIG = VideoTokenizerConfig(
 )
 MODEL = VideoTokenizer(CONFIG, height=4, width=6)
 BATCH, TIME, PATCHES = 2, 7, 6
-# These programs take much longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def with_transformer(config, **fields):
@@ -63,12 +61,12 @@ def params():
 
 @pytest.fixture(scope="module")
 def run_encode():
-    return jit(encode_video, static_argnums=0)
+    return jax.jit(encode_video, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
 def run_decode():
-    return jit(decode_codes, static_argnums=0)
+    return jax.jit(decode_codes, static_argnums=0)
 
 
 def test_codes_are_a_book_s_and_their_ids_name_them(params, run_encode):
@@ -102,7 +100,7 @@ def test_the_reconstruction_is_causal_and_remembers(params):
     def painted(video):
         return (reconstruct_video(MODEL, params, video)[0] * direction).sum((1, 2, 3))
 
-    moved = jit(jax.jacrev(painted))(frames())
+    moved = jax.jit(jax.jacrev(painted))(frames())
     assert not moved[:, 1:].any(), "clips of a batch are mixed"
     felt, age = np.abs(moved[:, 0]).sum((2, 3, 4)), np.subtract.outer(np.arange(TIME), np.arange(TIME))
     assert not felt[age < 0].any()
@@ -118,7 +116,7 @@ def gradients(params):
     def error(params, video):
         return jnp.mean((reconstruct_video(MODEL, params, video, masked) - truth) ** 2)
 
-    return masked, *jit(jax.grad(error, (0, 1)))(params, truth)
+    return masked, *jax.jit(jax.grad(error, (0, 1)))(params, truth)
 
 
 def test_every_parameter_has_a_gradient(gradients):
@@ -156,7 +154,7 @@ def starts():
     """A function of a key to the random and the structured start."""
     configs = SMALL, dataclasses.replace(SMALL, start="structured")
     models = [VideoTokenizer(config, height=4, width=6) for config in configs]
-    return jit(lambda key: [init_video_tokenizer(model, key) for model in models])
+    return jax.jit(lambda key: [init_video_tokenizer(model, key) for model in models])
 
 
 def test_a_key_says_the_start(starts):
@@ -189,7 +187,7 @@ def test_padding_beyond_the_frame_teaches_nothing_and_changes_no_pixel():
     video = frames(model, 2)
     whole = jnp.pad(video, ((0, 0), (0, 0), (0, 2), (0, 3), (0, 0)), mode="edge")
 
-    @jit
+    @jax.jit
     def both(params):
         return reconstruct_video(model, params, video), reconstruct_video(larger, params, whole)
 
@@ -225,7 +223,7 @@ def test_one_batch_is_learned(starts):
         updates, opt_state = optimizer.update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), loss
 
-    @jit
+    @jax.jit
     def run(params):
         return jax.lax.scan(step, (params, optimizer.init(params)), None, 200)[1]
 

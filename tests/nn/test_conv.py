@@ -7,8 +7,6 @@ from dreamer4.errors import UserError
 from dreamer4.nn.conv import LAYOUT, Convolution, DoublingConvolution, Norm, TransposedConvolution, halved
 from dreamer4.nn.layers import draw_kernels
 
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 
 def drawn(module, *inputs):
     """Parameters of its shapes, at random: with NumPy, which needs nothing compiled."""

@@ -14,8 +14,6 @@ from dreamer4.nn.resnet import (
     tokenizer_flops,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 
 def drawn(module, *inputs):
     """Parameters of its shapes, all at random: with NumPy, which needs nothing compiled."""

@@ -21,8 +21,6 @@ PAIR = LatentActionConfig(pair=PairConfig(channels=(8, 16), tokens=1, code_width
 # Where nothing is to be learned.
 SHALLOW = dataclasses.replace(PAIR, pair=dataclasses.replace(PAIR.pair, channels=(8,)))
 KEY = jax.random.key(0)
-# These programs take much longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def objective(config=PAIR):
@@ -43,8 +41,8 @@ def moved_squares(clips=4):
 def started(config, optimizer):
     """The objective, its step and the state that it starts from."""
     learning = objective(config)
-    state = jit(functools.partial(init_state, learning, optimizer, ema=False))(KEY)
-    return learning, jit(make_step(learning, optimizer)), state
+    state = jax.jit(functools.partial(init_state, learning, optimizer, ema=False))(KEY)
+    return learning, jax.jit(make_step(learning, optimizer)), state
 
 
 def trained(config, steps, optimizer):
@@ -62,12 +60,12 @@ def fitted():
 
 def test_what_happened_is_learned_and_the_codes_carry_it(fitted):
     learning, state = fitted
-    found = jit(learning.evaluate)(state.params, None, moved_squares(), KEY)
+    found = jax.jit(learning.evaluate)(state.params, None, moved_squares(), KEY)
     np.testing.assert_allclose(found.pop("code_usage"), [0.25] * 4)
     assert found["psnr"] > 25
     assert found["gain"] > 10
     assert found["codes_used"] == 1
-    ids = jit(lambda params: infer(learning.model, params, moved_squares().video / 255.0).ids)(state.params)
+    ids = jax.jit(lambda params: infer(learning.model, params, moved_squares().video / 255.0).ids)(state.params)
     assert len(np.unique(ids)) == 4
 
 
@@ -135,7 +133,7 @@ def test_what_changes_can_weigh_more_and_nothing_else_then_does(painted_loss):
     assert 0.1 < changed.mean() < 0.3
     error = np.square(np.asarray(painted) - np.asarray(batch.video[:, 1:], np.float32) / 255)
     gradient = jax.grad(painted_loss, has_aux=True)
-    (off, plain), (on, found) = jit(lambda p: [gradient(p, {"changed": x}, batch) for x in (0.0, 0.5)])(painted)
+    (off, plain), (on, found) = jax.jit(lambda p: [gradient(p, {"changed": x}, batch) for x in (0.0, 0.5)])(painted)
     assert "changed" not in plain
     assert float(found["mse"]) == pytest.approx(error.mean(), rel=1e-5)
     assert float(found["changed"]) == pytest.approx(error[changed].mean(), rel=1e-5)
@@ -151,7 +149,7 @@ def test_where_nothing_changes_there_is_nothing_to_weigh(painted_loss):
     batch = dataclasses.replace(batch, video=np.repeat(batch.video[:, :1], 2, axis=1))
     painted = some_paint()
     gradient = jax.value_and_grad(painted_loss, has_aux=True)
-    both = jit(lambda p: [gradient(p, {"changed": x}, batch) for x in (0.0, 0.5)])(painted)
+    both = jax.jit(lambda p: [gradient(p, {"changed": x}, batch) for x in (0.0, 0.5)])(painted)
     ((off, _), of_off), ((on, found), of_on) = both
     assert float(found["changed"]) == 0
     assert float(on) == float(off)
@@ -170,7 +168,7 @@ def test_round_a_changed_pixel_others_count_as_changed():
 def test_without_its_weight_the_changed_pixels_are_not_looked_at(painted_loss, monkeypatch):
     monkeypatch.delattr(latent_action, "_mean_where")
     painted = some_paint()
-    value, metrics = jit(lambda p: painted_loss(p, {}, moved_squares()))(painted)
+    value, metrics = jax.jit(lambda p: painted_loss(p, {}, moved_squares()))(painted)
     assert float(value) == pytest.approx(1, abs=1e-6)
     assert jax.eval_shape(objective().init, KEY)[1].scales.mean_square.keys() == {"mse"}
     assert metrics.keys() == {"mse", "quantizer", "codes_used", "perplexity"}
@@ -178,11 +176,11 @@ def test_without_its_weight_the_changed_pixels_are_not_looked_at(painted_loss, m
 
 def test_vectors_reach_the_decoder_as_they_are_until_the_warm_up_ends():
     learning = dataclasses.replace(objective(SHALLOW), weights=LatentActionWeights(warmup=0.25), steps=100)
-    params, carry = jit(learning.init)(KEY)
+    params, carry = jax.jit(learning.init)(KEY)
     hardness = jax.vmap(learning._hardness)(jnp.asarray([0, 25, 30, 50, 99]))
     np.testing.assert_allclose(hardness, [0, 0, 0.2, 1, 1], atol=1e-6)
     other = params | {"codebook": params["codebook"] + 1.0}
-    loss = jit(learning.loss)
+    loss = jax.jit(learning.loss)
     for step, same in ((0, True), (99, False)):
         found = [loss(p, carry, None, moved_squares(), KEY, jnp.int32(step))[1][1] for p in (params, other)]
         assert (float(found[0]["mse"]) == float(found[1]["mse"])) == same
@@ -205,7 +203,7 @@ def test_the_model_of_clips_is_trained_by_the_same_loss():
         for sequence in (plain, dataclasses.replace(plain, variance_weight=1.0))
     )
 
-    @jit
+    @jax.jit
     def losses(key):
         params, carry = first.init(key)
         return [learning.loss(params, carry, None, batch, key, jnp.int32(0)) for learning in (first, second)]

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -257,8 +256,7 @@ def training():
         metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
         return (optax.apply_updates(params, updates), carry, opt_state), metrics
 
-    # It takes longer to compile than to run.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def run(key):
         params, carry = ours.init(key)
         return jax.lax.scan(step, (params, carry, optimizer.init(params)), jnp.arange(60))[1]
@@ -301,7 +299,7 @@ def codes():
     batch, key = clips(3, 2), jax.random.key(0)
     open_, hidden = (MaskedAutoencoding(CODES, MaskingConfig(ceiling=ceiling)) for ceiling in (0.0, 0.9))
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def run():
         params = init_video_tokenizer(CODES, key)
         video = to_float(batch.video)

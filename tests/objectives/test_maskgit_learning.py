@@ -27,8 +27,6 @@ TOKENIZER = VideoTokenizer(
 SMALL = TransformerConfig(
     d_model=16, depth=2, heads=2, mlp_ratio=2.0, time_every=2, context=5, soft_cap=None, condition="film"
 )
-# These programs take much longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Oracle(MaskGIT):
@@ -70,7 +68,7 @@ def loss(ours, params, batch, *, seed=0, frozen=None):
 def masks(draws=2000, time=TIME, **fields):
     """What is hidden in many batches: (draws * CLIPS, T, N)."""
     draw = functools.partial(objective(**fields).mask, lead=(CLIPS, time))
-    found = jit(jax.vmap(lambda key: draw(key)))(jax.random.split(jax.random.key(0), draws))
+    found = jax.jit(jax.vmap(lambda key: draw(key)))(jax.random.split(jax.random.key(0), draws))
     return np.asarray(found).reshape(-1, time, TOKENS)
 
 
@@ -139,8 +137,8 @@ def test_frames_are_left_whole_where_asked():
 
 def test_the_loss_is_the_cross_entropy_of_what_is_hidden():
     ours = objective()
-    masked = np.asarray(jit(lambda key: ours.mask(key, (CLIPS, TIME)))(jax.random.key(0)))
-    run = jit(jax.value_and_grad(functools.partial(loss, ours), has_aux=True))
+    masked = np.asarray(jax.jit(lambda key: ours.mask(key, (CLIPS, TIME)))(jax.random.key(0)))
+    run = jax.jit(jax.value_and_grad(functools.partial(loss, ours), has_aux=True))
     (value, (_, metrics)), gradient = run(PARAMS, clips(IDS))
     logits = np.asarray(PARAMS["logits"], np.float64)
     nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, IDS[..., None], -1)[..., 0]
@@ -155,7 +153,7 @@ def test_the_loss_is_the_cross_entropy_of_what_is_hidden():
 
 def test_experts_are_balanced():
     ours = objective(transformer=dataclasses.replace(SMALL, experts=2), balance_weight=0.1)
-    value, (_, metrics) = jit(functools.partial(loss, ours))(PARAMS, clips(IDS))
+    value, (_, metrics) = jax.jit(functools.partial(loss, ours))(PARAMS, clips(IDS))
     assert float(value) == pytest.approx(float(metrics["cross_entropy"]) + 0.1 * 1.5)
     assert float(metrics["balance"]) == 1.5
 
@@ -165,10 +163,10 @@ def test_codes_made_beforehand_are_those_made_inside():
     frozen = draw(init_video_tokenizer, TOKENIZER)
     batch = fake_batch(BatchSpec(CLIPS, TIME, 12, 18, actions=ACTIONS))
     unmasker = Unmasker(TOKENIZER, ours.model, steps=3)
-    codes = jit(unmasker.encode)({"tokenizer": frozen}, batch.video)
+    codes = jax.jit(unmasker.encode)({"tokenizer": frozen}, batch.video)
     assert len(np.unique(fsq_ids(FSQ, codes))) > 2
-    inside, moved = jit(jax.value_and_grad(lambda f: loss(ours, PARAMS, batch, frozen=f)[0]))(frozen)
-    beforehand = jit(functools.partial(loss, ours))(PARAMS, dataclasses.replace(batch, latents=codes))[0]
+    inside, moved = jax.jit(jax.value_and_grad(lambda f: loss(ours, PARAMS, batch, frozen=f)[0]))(frozen)
+    beforehand = jax.jit(functools.partial(loss, ours))(PARAMS, dataclasses.replace(batch, latents=codes))[0]
     assert float(inside) == pytest.approx(float(beforehand), rel=1e-6)
     assert not any(np.any(x) for x in jax.tree.leaves(moved))
 
@@ -203,7 +201,7 @@ def learned():
         updates, opt_state = optimizer.update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), metrics
 
-    @jit
+    @jax.jit
     def run(key):
         params, _ = ours.init(key)
         (params, _), metrics = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(STEPS))
@@ -224,7 +222,7 @@ def test_greedy_dreams_follow_their_actions_and_no_others(learned):
     unmasker = Unmasker(TOKENIZER, ours.model, steps=3)
     both = {"dynamics": params}
 
-    @jit
+    @jax.jit
     def dream(actions):
         start = unmasker.commit(
             both, unmasker.blank(len(ids), jax.random.key(0)), batch.latents[:, :1], {"button": actions[:, :1]}
@@ -244,7 +242,7 @@ def test_evaluation_tells_tokens_and_dreams():
 
     params, frozen = draw(init_maskgit, ours.model), draw(init_video_tokenizer, TOKENIZER)
     params |= {"to_logits": jax.tree.map(jnp.zeros_like, params["to_logits"])}  # as at the start
-    found = jit(ours.evaluate)(params, frozen, batch, jax.random.key(0))
+    found = jax.jit(ours.evaluate)(params, frozen, batch, jax.random.key(0))
     film = jax.eval_shape(ours.pictures, params, frozen, batch, jax.random.key(0))
     names = {"psnr", "psnr_shuffled", "psnr_copy", "psnr_tokenizer", "over_copy", "over_shuffled", "ssim"}
     assert found.keys() == names | {"accuracy", "perplexity"}

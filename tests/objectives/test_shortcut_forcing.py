@@ -26,8 +26,6 @@ TOKENIZER = Tokenizer(
 SMALL = TransformerConfig(d_model=16, depth=2, heads=2, kv_heads=1, mlp_ratio=2.0, time_every=2, context=4)
 CONFIG = DynamicsConfig(spatial=2, registers=1, k_max=8, latent_scale=2.0, transformer=SMALL)
 CLIPS, TIME, FINEST, CONTEXT = 4, 6, 3, 7
-# These programs take much longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Oracle(Dynamics):
@@ -280,11 +278,11 @@ def test_shares_of_frames_are_all_noise_and_at_the_context_s_level(rows):
 
 def test_latents_made_beforehand_give_the_loss_of_encoding_inside():
     ours, batch = objective(Echo, bootstrap_share=0.5), clips()
-    frozen = jit(functools.partial(init_tokenizer, TOKENIZER))(jax.random.key(2))
-    latents = jit(functools.partial(encode, TOKENIZER))(frozen, batch.video)
+    frozen = jax.jit(functools.partial(init_tokenizer, TOKENIZER))(jax.random.key(2))
+    latents = jax.jit(functools.partial(encode, TOKENIZER))(frozen, batch.video)
     assert latents.std() > 0.1
     ready = dataclasses.replace(batch, latents=latents)
-    run = jit(functools.partial(loss, ours))
+    run = jax.jit(functools.partial(loss, ours))
     inside, beforehand = (run({}, x, frozen=frozen)[1][1] for x in (dataclasses.replace(batch, latents=None), ready))
     for name in ("flow", "bootstrap"):
         np.testing.assert_allclose(inside[name], beforehand[name], rtol=1e-5)
@@ -309,7 +307,7 @@ def training():
         updates, opt_state = optimizer.update(grads, opt_state)
         return (optax.apply_updates(params, updates), carry, opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
 
-    @jit
+    @jax.jit
     def run(key, first):
         params, carry = ours.init(key)
         params["to_latents"] = {"kernel": 0.1 * normal(7, 16, 4), "bias": params["to_latents"]["bias"]}

@@ -24,8 +24,6 @@ TOKENIZER = Tokenizer(
 # Two superblocks, so that layers over time stand on each other.
 GENERATOR = Generator(TOKENIZER, Dynamics(DynamicsConfig(2, 1, k_max=8, transformer=SMALL), ACTIONS, 2, 4))
 CLIPS = fake_batch(BatchSpec(BATCH, TOTAL, 4, 4, actions=ACTIONS))
-# These programs take much longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def draw(init, model):
@@ -59,8 +57,8 @@ def action_at(t, clips=slice(None)):
     return {name: a[clips, t] for name, a in CLIPS.action.items()}
 
 
-init, step, encode = jit(GENERATOR.init), jit(GENERATOR.step), jit(GENERATOR.encode)
-rollout, rollout_latents = jit(GENERATOR.rollout), jit(GENERATOR.rollout_latents)
+init, step, encode = jax.jit(GENERATOR.init), jax.jit(GENERATOR.step), jax.jit(GENERATOR.encode)
+rollout, rollout_latents = jax.jit(GENERATOR.rollout), jax.jit(GENERATOR.rollout_latents)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +80,7 @@ def assert_equal(one, other):
 @pytest.mark.parametrize("context", [2, 5])  # within the window and past it
 def test_cached_equals_uncached(params, context):
     z1 = GENERATOR.dynamics.pack(encode(params, CLIPS.video[:, :context]))
-    expected = jit(GENERATOR.rollout_uncached)(params, z1, between(0), key(3))
+    expected = jax.jit(GENERATOR.rollout_uncached)(params, z1, between(0), key(3))
     start = init(params, CLIPS.video[:, :context], between(0, context), key(3))
     end, found = rollout_latents(params, start, between(context))
     assert found.shape == (BATCH, TOTAL - context, 2, 4)
@@ -110,9 +108,9 @@ def test_frames_are_decoded_as_one_clip(params, state):
     latents = rollout_latents(params, state, between(2))[1]
     real = encode(params, CLIPS.video[:, :2])
     clip = jnp.concatenate([real, GENERATOR.dynamics.unpack(latents)], axis=1)
-    whole = jit(GENERATOR.decode)(params, clip)[0]
+    whole = jax.jit(GENERATOR.decode)(params, clip)[0]
     np.testing.assert_allclose(video, np.clip(whole[:, 2:], 0, 1), atol=1e-5)
-    dreamt = jit(GENERATOR.dream)(params, CLIPS.video[:, :2], between(0), key())
+    dreamt = jax.jit(GENERATOR.dream)(params, CLIPS.video[:, :2], between(0), key())
     np.testing.assert_allclose(dreamt, video, atol=1e-5)
 
 
@@ -163,7 +161,7 @@ def test_states_are_mapped_over(params):
     states[1] = step(params, states[1], action_at(2, slice(1, 2)))[0]  # one frame further than the other
     actions = [action_at(3 + i, slice(i, i + 1)) for i in (0, 1)]
     stacked, each = (jax.tree.map(lambda *x: jnp.stack(x), *x) for x in (states, actions))
-    found, frames = jit(jax.vmap(GENERATOR.step, in_axes=(None, 0, 0)))(params, stacked, each)
+    found, frames = jax.jit(jax.vmap(GENERATOR.step, in_axes=(None, 0, 0)))(params, stacked, each)
     for i in (0, 1):
         expected, frame = step(params, states[i], actions[i])
         np.testing.assert_allclose(frames[i], frame, atol=1e-5)
@@ -184,7 +182,7 @@ def test_a_step_without_a_label_does_not_feel_its_action(params, state):
     frames = []
     for button in (0, 1):
         action = {"button": jnp.full((BATCH,), button, jnp.int32), "stick": action_at(2)["stick"]}
-        frames.append(jit(GENERATOR.step_latents)(params, state, action, unknown).latents)
+        frames.append(jax.jit(GENERATOR.step_latents)(params, state, action, unknown).latents)
     changed = np.abs(frames[0] - frames[1]).max((1, 2))
     assert changed[0] > 1e-3
     assert changed[1] == 0

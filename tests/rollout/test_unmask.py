@@ -32,8 +32,6 @@ UNMASKER = Unmasker(TOKENIZER, DYNAMICS, steps=3, temperature=1.0)
 AT_ONCE = dataclasses.replace(UNMASKER, horizon=2, schedule="halton")
 CLIPS = fake_batch(BatchSpec(BATCH, TOTAL, 4, 6, actions=ACTIONS))
 SCHEDULES = ("exponential", "cosine", "halton")
-# These programs take much longer to compile than to run.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def draw(init, model):
@@ -67,8 +65,8 @@ def action_at(t):
     return {name: a[:, t] for name, a in CLIPS.action.items()}
 
 
-init, step, encode = jit(UNMASKER.init), jit(UNMASKER.step), jit(UNMASKER.encode)
-rollout, step_codes = jit(UNMASKER.rollout), jit(UNMASKER.step_codes)
+init, step, encode = jax.jit(UNMASKER.init), jax.jit(UNMASKER.step), jax.jit(UNMASKER.encode)
+rollout, step_codes = jax.jit(UNMASKER.rollout), jax.jit(UNMASKER.step_codes)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +143,7 @@ def by_hand(unmasker, frames, key):
     counts = schedule_counts(unmasker.schedule, frames * TOKENS, steps)
     order = halton_order(model.grid)
 
-    @jit
+    @jax.jit
     def judge(ids, masked, key):
         logits = predicted(fsq_codes(FSQ, ids), masked)
         pick_key, noise_key = jax.random.split(key)
@@ -177,7 +175,7 @@ def test_unmasking_is_a_plain_loop_with_exact_counts(schedule, frames, steps, te
         jax.debug.callback(lambda *x: shown.append([np.asarray(y) for y in x]), codes, masked, ordered=True)
         return predicted(codes, masked)
 
-    codes = jit(lambda key: unmasker.unmask(spy, BATCH, frames, key))(key(3))
+    codes = jax.jit(lambda key: unmasker.unmask(spy, BATCH, frames, key))(key(3))
     jax.effects_barrier()
     np.testing.assert_array_equal(fsq_ids(FSQ, codes), expected)
     np.testing.assert_allclose(codes, fsq_codes(FSQ, jnp.asarray(expected)))
@@ -193,10 +191,10 @@ def test_unmasking_is_a_plain_loop_with_exact_counts(schedule, frames, steps, te
 def uncached(unmasker, params, key):
     """The codes of the frames after two real ones by the plain definition, and their pictures."""
     real = encode(params, CLIPS.video[:, :2])
-    codes = jit(unmasker.rollout_uncached)(params, real, between(0), key)
+    codes = jax.jit(unmasker.rollout_uncached)(params, real, between(0), key)
     assert codes.shape == (BATCH, TOTAL - 2, TOKENS, 2)
     assert (codes[:, 1:] != codes[:, :-1]).any((2, 3)).mean() > 0.8
-    whole = jit(UNMASKER.decode)(params, jnp.concatenate([real, codes], 1))[0]
+    whole = jax.jit(UNMASKER.decode)(params, jnp.concatenate([real, codes], 1))[0]
     return codes, np.clip(whole[:, 2:], 0, 1)
 
 
@@ -211,15 +209,15 @@ def test_cached_equals_uncached(params, state):
 @pytest.mark.slow
 def test_cached_equals_uncached_where_two_frames_are_told_at_once_and_one_is_left_over(params):
     _, expected = uncached(AT_ONCE, params, key())
-    video = jit(AT_ONCE.dream)(params, CLIPS.video[:, :2], between(0), key())
+    video = jax.jit(AT_ONCE.dream)(params, CLIPS.video[:, :2], between(0), key())
     np.testing.assert_allclose(video, expected, atol=1e-5)
 
 
 def test_logits_with_a_cache_are_those_without(params):
-    apply, part = jit(UNMASKER.apply), 2
+    apply, part = jax.jit(UNMASKER.apply), 2
     total = 4 * part  # more than twice the ring of 3
     ids = np.random.default_rng(5).integers(0, 6, (BATCH, total, TOKENS))
-    codes, known = np.asarray(jit(lambda ids: fsq_codes(FSQ, ids))(ids)), np.ones((BATCH, total), bool)
+    codes, known = np.asarray(jax.jit(lambda ids: fsq_codes(FSQ, ids))(ids)), np.ones((BATCH, total), bool)
     masked = np.zeros(ids.shape, bool)
     masked[:, -part:, ::2] = True
     whole = apply(params, codes, masked, between(0, total), known)[0]
@@ -243,7 +241,7 @@ def test_a_rollout_is_a_loop_of_steps(params, state):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert video.shape == (BATCH, TOTAL - 2, 4, 6, 3)
     assert 0 <= video.min() < video.max() <= 1
-    end, bare = jit(UNMASKER.rollout_codes)(params, state, between(2))
+    end, bare = jax.jit(UNMASKER.rollout_codes)(params, state, between(2))
     np.testing.assert_array_equal(bare, np.stack(codes, 1))
     assert int(end.decoder.frame) == 2  # it stays behind
 
