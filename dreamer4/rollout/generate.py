@@ -58,11 +58,18 @@ class Generator:
         return DreamState(model.cache(batch), self.tokenizer.decoder_cache(batch), latents, key)
 
     def init(
-        self, params: PyTree, frames: UInt8[Array, "B T H W C"], actions: Actions, key: PRNGKeyArray
+        self,
+        params: PyTree,
+        frames: UInt8[Array, "B T H W C"],
+        actions: Actions,
+        key: PRNGKeyArray,
+        labelled: Bool[Array, "B T"] | None = None,
     ) -> DreamState:
-        """The state after real ``frames`` and the ``actions`` that led to each."""
+        """The state after real ``frames`` and the ``actions`` that led to each; where not ``labelled``, any action
+        might have."""
         latents = self.encode(params, frames)
-        state = self.commit(params, self.blank(len(frames), key), self.dynamics.pack(latents), actions)
+        packed = self.dynamics.pack(latents)
+        state = self.commit(params, self.blank(len(frames), key), packed, actions, labelled)
         return dataclasses.replace(state, decoder=self.decode(params, latents, state.decoder)[1])
 
     def step(

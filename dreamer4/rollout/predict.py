@@ -30,11 +30,22 @@ class Predictor:
 
     dynamics: NextFrame
 
+    def blank(self, batch: int, key: PRNGKeyArray) -> PredictionState:
+        """The state of ``batch`` streams that have seen nothing: a grey frame stands for it."""
+        del key
+        model = self.dynamics
+        return PredictionState(jnp.full((batch, model.height, model.width, model.channels), 0.5))
+
     def init(
-        self, params: PyTree, frames: UInt8[Array, "B T H W C"], actions: Actions, key: PRNGKeyArray
+        self,
+        params: PyTree,
+        frames: UInt8[Array, "B T H W C"],
+        actions: Actions,
+        key: PRNGKeyArray,
+        labelled: Bool[Array, "B T"] | None = None,
     ) -> PredictionState:
         """The state after real ``frames``, of which the last one counts."""
-        del params, actions, key
+        del params, actions, key, labelled
         return PredictionState(to_float(frames[:, -1]))
 
     def step(

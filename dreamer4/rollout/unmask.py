@@ -147,11 +147,17 @@ class Unmasker:
         return UnmaskState(model.cache(batch), self.tokenizer.decoder_cache(batch), codes, key)
 
     def init(
-        self, params: PyTree, frames: UInt8[Array, "B T H W C"], actions: Actions, key: PRNGKeyArray
+        self,
+        params: PyTree,
+        frames: UInt8[Array, "B T H W C"],
+        actions: Actions,
+        key: PRNGKeyArray,
+        labelled: Bool[Array, "B T"] | None = None,
     ) -> UnmaskState:
-        """The state after real ``frames`` and the ``actions`` that led to each."""
+        """The state after real ``frames`` and the ``actions`` that led to each; where not ``labelled``, any action
+        might have."""
         codes = self.encode(params, frames)
-        state = self.commit(params, self.blank(len(frames), key), codes, actions)
+        state = self.commit(params, self.blank(len(frames), key), codes, actions, labelled)
         return dataclasses.replace(state, decoder=self.decode(params, codes, state.decoder)[1])
 
     def step(
