@@ -1,4 +1,5 @@
 """Trained runs, read back: the model that a run's configuration describes, with the parameters of its best checkpoint.
+What experiments/export.py makes of a run is read as the run is.
 
 Each function refuses, in a sentence, a folder that is no run, a run of another kind, and parameters that are not those
 of the model that the configuration describes.
@@ -25,6 +26,7 @@ from dreamer4.models.tokenizer import Tokenizer, TokenizerConfig, init_tokenizer
 from dreamer4.models.video_tokenizer import VideoTokenizer, VideoTokenizerConfig, init_video_tokenizer
 from dreamer4.objectives.maskgit import Sampling
 from dreamer4.train.checkpoint import find, restore_params
+from dreamer4.train.exported import exported_step, is_exported, read_exported
 
 KINDS = {
     "dynamics": "train_dynamics.py",
@@ -163,7 +165,7 @@ def _read(
     """Parameters and configuration; ``field`` is what errors call a folder that is not there."""
     if not run.is_dir():
         raise UserError(f"{field}: there is no {run}; train one with uv run experiments/{KINDS[kind]}")
-    params, config = restore_params(run, parts=parts)
+    params, config = read_exported(run) if is_exported(run) else restore_params(run, parts=parts)
     found = kind_of(config)
     if found != kind or (kind in ("tokenizer", "video_tokenizer", "latent_action") and "frame" not in config):
         of = f"of {KINDS[found]}" if found and found != kind else "of another program"
@@ -184,5 +186,7 @@ def _actions(run: Path, config: dict[str, Any]) -> ActionSpace:
 
 
 def _step(run: Path) -> int:
+    if is_exported(run):
+        return exported_step(run)
     best = find(run, "best")
     return best.step if best else 0

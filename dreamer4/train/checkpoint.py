@@ -84,7 +84,7 @@ class Checkpoints:
         before it failed; what was saved earlier stays as it was.
         """
         self.wait()
-        arrays = _named_leaves(state)
+        arrays = named_leaves(state)
         manifest = {
             "step": step,
             "metrics": {name: float(v) if math.isfinite(float(v)) else None for name, v in metrics.items()},
@@ -144,7 +144,7 @@ class Checkpoints:
             chosen = multihost_utils.broadcast_one_to_all(np.int32(chosen))
         folder = self._folder / str(chosen)
         manifest = read_manifest(folder)
-        wanted = _named_leaves(target)
+        wanted = named_leaves(target)
         _check_leaves(folder, manifest["leaves"], {name: _describe(leaf) for name, leaf in wanted.items()})
         arrays = _read(folder, {name: _restore_args(leaf) for name, leaf in wanted.items()})
         return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted]), manifest
@@ -198,7 +198,7 @@ def restore_params(
         names = [name for name in manifest["leaves"] if name.startswith(part + "/")]
         if names:
             arrays = _read(folder, {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})
-            return _nest({name.removeprefix(part + "/"): array for name, array in arrays.items()}), manifest["config"]
+            return nest({name.removeprefix(part + "/"): array for name, array in arrays.items()}), manifest["config"]
     held = sorted({name.partition("/")[0] for name in manifest["leaves"]})
     raise UserError(f"{folder}: holds {', '.join(held)}, but no {' or '.join(parts)}")
 
@@ -290,12 +290,14 @@ def _identify(folder: Path) -> Identity:
 # ----- leaves and their names -----
 
 
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths, such as ``params/encoder/kernel``."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dicts of which ``named_leaves`` makes these."""
     nested: dict[str, Any] = {}
     for name, array in arrays.items():
         *parents, last = name.split("/")
