@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import tyro
 from dream_clips import begin, held_out, play, roller, scorer
-from dreamers import KINDS, Trained, load, make_dreamer, own_steps
 from rich.console import Console
 from rich.table import Table
 from score_tables import POSITION_STEP, finite, make_table, name_of, tabulate
@@ -21,6 +20,7 @@ from score_tables import POSITION_STEP, finite, make_table, name_of, tabulate
 from dreamer4.batch import Batch
 from dreamer4.config import at_least, to_json
 from dreamer4.data.episodes import Split
+from dreamer4.dreamers import KINDS, Trained, load, make_dreamer, own_steps
 from dreamer4.errors import UserError
 from dreamer4.models.patches import to_float
 from dreamer4.nn.counts import parameter_count

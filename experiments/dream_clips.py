@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dreamers import Dreamer, State, Trained, frame_of, painter
-
 from dreamer4.batch import Actions, Batch
 from dreamer4.config import from_json
 from dreamer4.data.columns import LatentRecord
 from dreamer4.data.episodes import Split
 from dreamer4.data.loader import StoreSource, check_data, choice_of
 from dreamer4.data.toy import ToyConfig, ToySource
+from dreamer4.dreamers import Dreamer, State, Trained, frame_of, painter
 from dreamer4.errors import UserError
 from dreamer4.nn.perceptual import Params, lpips
 from dreamer4.rollout.evaluation import Horizon, Scores, score

@@ -19,7 +19,6 @@ import report_latent_actions
 import tyro
 from curves import draw_curves
 from dream_clips import begin, held_out, play, roller, scorer
-from dreamers import load, make_dreamer, most_steps, own_steps, static_steps
 from rich.console import Console
 from score_tables import finite, table, tabulate
 from steering import HELD, check_codes, follow, steer
@@ -27,6 +26,7 @@ from steering import HELD, check_codes, follow, steer
 from dreamer4.batch import Batch
 from dreamer4.config import at_least, to_json
 from dreamer4.data.episodes import Split
+from dreamer4.dreamers import load, make_dreamer, most_steps, own_steps, static_steps
 from dreamer4.errors import UserError
 from dreamer4.models.patches import to_float
 from dreamer4.nn.perceptual import Net, Params, available, load_weights, lpips

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamers import Dreamer, State, Trained, painter
-
 from dreamer4.batch import Actions, Batch, check_actions
+from dreamer4.dreamers import Dreamer, State, Trained, painter
 from dreamer4.errors import UserError
 from dreamer4.metrics.codes import nmi
 from dreamer4.metrics.position import locate

@@ -132,5 +132,5 @@ def test_a_lone_clip_is_refused(scripts):
 def test_a_run_that_dreams_nothing_is_refused(compare, runs, tmp_path):
     with pytest.raises(UserError, match="run: there is no"):
         compare(runs[0], tmp_path / "none", "--out", tmp_path / "out")
-    with pytest.raises(UserError, match=r"a run of train_tokenizer.py tinyworlds found, one of train_dynamics.py exp"):
+    with pytest.raises(UserError, match=r"a run of train_tokenizer.py tinyworlds found, one that dreams expected"):
         compare(runs[1] / "tokenizer", runs[0], "--out", tmp_path / "out")

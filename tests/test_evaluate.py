@@ -315,7 +315,10 @@ def test_a_run_without_a_checkpoint_is_told(evaluate, tmp_path):
 
 def test_a_run_of_a_tokenizer_is_told(evaluate, tokenizer_run):
     sentence = refused(evaluate, tokenizer_run)
-    assert sentence == f"{tokenizer_run}: a run of train_tokenizer.py found, one of train_dynamics.py expected"
+    assert sentence == (
+        f"{tokenizer_run}: a run of train_tokenizer.py found, one that dreams expected, of train_dynamics.py,"
+        " train_maskgit.py or train_next_frame.py"
+    )
 
 
 def test_results_go_to_a_folder(evaluate, run, tmp_path):

@@ -1,9 +1,12 @@
-"""The kinds of world model that dream, and all in which they differ to whoever evaluates them."""
+"""The kinds of world model that dream, and all in which they differ to whoever evaluates or plays them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float, PyTree, UInt8
 
 from dreamer4.errors import UserError
 from dreamer4.models.patches import to_float
@@ -13,6 +16,7 @@ from dreamer4.rollout.denoise import check_steps
 from dreamer4.rollout.generate import DreamState, Generator
 from dreamer4.rollout.predict import PredictionState, Predictor
 from dreamer4.rollout.unmask import Unmasker, UnmaskState, schedule_counts
+from dreamer4.runs import KINDS as TRAINERS
 from dreamer4.runs import (
     TrainedDynamics,
     TrainedMaskGIT,
@@ -23,10 +27,6 @@ from dreamer4.runs import (
     run_kind,
 )
 
-# isort: split
-import numpy as np
-from jaxtyping import Array, Float, PyTree, UInt8  # (after dreamer4: Array is jax's)
-
 Trained = TrainedDynamics | TrainedMaskGIT | TrainedNextFrame
 Dreamer = Generator | Unmasker | Predictor
 State = DreamState | UnmaskState | PredictionState
@@ -35,11 +35,23 @@ Paint = Callable[[PyTree, UInt8[Array | np.ndarray, "B T H W C"]], Float[Array, 
 KINDS: dict[type[Trained], str] = {TrainedDynamics: "latents", TrainedMaskGIT: "codes", TrainedNextFrame: "pixels"}
 """What a world model predicts."""
 
+LOADERS: dict[str, Callable[[Path], Trained]] = {
+    "dynamics": load_dynamics,
+    "maskgit": load_maskgit,
+    "next_frame": load_next_frame,
+}
+"""By the kind of a run, of those that dream."""
+
 
 def load(run: Path) -> Trained:
-    """The world model of a run."""
-    loaders = {"maskgit": load_maskgit, "next_frame": load_next_frame}
-    return loaders.get(run_kind(run) or "", load_dynamics)(run)
+    """The world model of a run, or of an exported one; a ``UserError`` where it dreams nothing."""
+    kind = run_kind(run) or "dynamics"  # which says what is missing
+    if kind not in LOADERS:
+        *some, last = (TRAINERS[other] for other in LOADERS)
+        raise UserError(
+            f"{run}: a run of {TRAINERS[kind]} found, one that dreams expected, of {', '.join(some)} or {last}"
+        )
+    return LOADERS[kind](run)
 
 
 def frame_of(trained: Trained) -> tuple[int, int, int]:
