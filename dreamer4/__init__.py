@@ -1,7 +1,9 @@
 """World models that anyone can train, trust and play, in pure functional JAX."""
 
+import importlib
 import importlib.metadata
 import os
+from typing import TYPE_CHECKING, Any
 
 # On CPU, XLA reports an error for every program that it loads from its own compilation cache, a screenful each, because
 # it compares tuning hints as if they were instructions. It reads this variable once, when jax is first imported.
@@ -15,5 +17,15 @@ if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12):
 
 from dreamer4.batch import Batch
 
+if TYPE_CHECKING:
+    from dreamer4.world import load
+
 __version__ = importlib.metadata.version("dreamer4-jax")
-__all__ = ["Batch", "__version__"]
+__all__ = ["Batch", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # At its first use: who wants a batch should not wait for the models and checkpoints that `load` imports.
+    if name == "load":
+        return importlib.import_module("dreamer4.world").load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
