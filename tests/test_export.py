@@ -9,6 +9,7 @@ import tyro
 from safetensors.numpy import load_file
 
 from dreamer4.errors import UserError
+from dreamer4.train.exported import exported_step, read_exported, write_exported
 from dreamer4.train.manifest import DamageError
 from dreamer4.world import load
 from noise_worlds import EXPERIMENTS, KINDS, noise_worlds
@@ -22,11 +23,15 @@ def run_of(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def export():
-    """The experiment as a function of its arguments."""
+def script():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXPERIMENTS))
-        script = importlib.import_module("export")
+        return importlib.import_module("export")
+
+
+@pytest.fixture(scope="module")
+def export(script):
+    """The experiment as a function of its arguments."""
     return lambda *arguments: script.export(tyro.cli(script.Options, args=[str(a) for a in arguments]))
 
 
@@ -80,12 +85,23 @@ def test_the_parameters_are_plain_safetensors(run_of, exported):
     assert found == load(run_of("dynamics")).describe().parameters
 
 
-def test_no_folder_of_this_machine_is_told(run_of, exported, tmp_path):
-    told = json.loads((run_of("dynamics") / "config.json").read_text())
-    assert told["tokenizer_preset"] == "debug"
+def test_no_folder_of_this_machine_is_told(script, run_of, exported):
     for kind in KINDS:
         for path in exported(kind).rglob("*.*"):
             assert str(run_of(kind).parent).encode() not in path.read_bytes()
+    config = {"data": str(run_of("dynamics")), "toy": {"runs": [str(run_of("maskgit")), "runs/a"]}, "k": 4}
+    assert script.portable(config) == {"data": "dynamics", "toy": {"runs": ["maskgit", "runs/a"]}, "k": 4}
+
+
+def test_arrays_of_any_order_and_shape_come_back(tmp_path):
+    turned = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    params = {"a": {"turned": turned}, "number": np.float32(2), "none": np.zeros((0, 3), np.int32)}
+    write_exported(tmp_path / "out", params, {"frame": [1]}, 7)
+    found, config = read_exported(tmp_path / "out")
+    assert (config, exported_step(tmp_path / "out")) == ({"frame": [1]}, 7)
+    np.testing.assert_array_equal(found["a"]["turned"], turned)
+    assert found["number"].shape == ()
+    assert found["none"].shape == (0, 3)
 
 
 def test_what_is_exported_can_be_exported(exported, export, tmp_path):

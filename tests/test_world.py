@@ -104,7 +104,7 @@ def test_the_step_compiles_once(played):
         world.step(after, at(actions, 1))
         world.step(after, None)
         world.step(after, {name: np.asarray(a).tolist() for name, a in at(actions, 1).items()})
-    assert world_module._step._cache_size() == programs
+    assert world_module._step._cache_size() == programs >= 1
 
 
 def test_a_seed_says_all_that_is_drawn(played):
