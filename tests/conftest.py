@@ -27,6 +27,14 @@ def _forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def run_of(tmp_path_factory):
+    """A function from a kind of world to the folder of a run of it that all files share, whose parameters are noise."""
+    from noise_worlds import noise_worlds  # not above: this file is read before jaxtyping's hook is there
+
+    return noise_worlds(tmp_path_factory.mktemp("noise"))
+
+
 @pytest.fixture(scope="module")
 def kept_compilations(tmp_path_factory):
     """For a file whose runs compile the same few programs: each is compiled once."""

@@ -1,3 +1,4 @@
+import functools
 import importlib
 import json
 import shutil
@@ -12,14 +13,9 @@ from dreamer4.errors import UserError
 from dreamer4.train.exported import exported_step, read_exported, write_exported
 from dreamer4.train.manifest import DamageError
 from dreamer4.world import load
-from noise_worlds import EXPERIMENTS, KINDS, noise_worlds
+from noise_worlds import EXPERIMENTS, KINDS
 
 FILES = {"card.md", "config.json", "manifest.json", "model.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def run_of(tmp_path_factory):
-    return noise_worlds(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +44,12 @@ def exported(run_of, export, tmp_path_factory):
     return of
 
 
+@pytest.fixture(scope="module")
+def load_once():
+    """Of a folder that stays as it is."""
+    return functools.cache(load)
+
+
 def assert_same(one, other):
     """The same parameters, bit by bit, of the same model with the same steps: whatever they dream is the same."""
     assert one.describe() == other.describe()
@@ -59,8 +61,8 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_world_comes_back(run_of, exported, kind):
-    run, folder = load(run_of(kind)), load(exported(kind))
+def test_the_same_world_comes_back(run_of, exported, load_once, kind):
+    run, folder = load_once(run_of(kind)), load_once(exported(kind))
     assert_same(folder, run)
     if kind == "next_frame":  # of which a step compiles in no time
         frames = [world.step(world.reset(seed=1), [0.5, -1])[1] for world in (folder, run)]
@@ -68,21 +70,21 @@ def test_the_same_world_comes_back(run_of, exported, kind):
         assert np.ptp(frames[0]) > 0
 
 
-def test_the_folder_holds_what_it_should_and_stands_alone(run_of, exported, tmp_path):
+def test_the_folder_holds_what_it_should_and_stands_alone(run_of, exported, load_once, tmp_path):
     here = {path.relative_to(exported("dynamics")).as_posix() for path in exported("dynamics").rglob("*.*")}
     assert here == FILES | {f"tokenizer/{name}" for name in FILES - {"card.md"}}
     assert {path.name for path in exported("next_frame").iterdir()} == FILES
     assert not [path.name for path in exported("dynamics").parent.iterdir() if path.name not in KINDS]
     moved = shutil.copytree(exported("dynamics"), tmp_path / "moved")
-    assert load(moved).describe() == load(run_of("dynamics")).describe()
+    assert load(moved).describe() == load_once(run_of("dynamics")).describe()
 
 
-def test_the_parameters_are_plain_safetensors(run_of, exported):
+def test_the_parameters_are_plain_safetensors(run_of, exported, load_once):
     arrays = load_file(exported("dynamics") / "model.safetensors")
     assert all("/" in name or array.ndim for name, array in arrays.items())
     found = sum(array.size for array in arrays.values())
     found += sum(array.size for array in load_file(exported("dynamics") / "tokenizer" / "model.safetensors").values())
-    assert found == load(run_of("dynamics")).describe().parameters
+    assert found == load_once(run_of("dynamics")).describe().parameters
 
 
 def test_no_folder_of_this_machine_is_told(script, run_of, exported):
@@ -104,17 +106,17 @@ def test_arrays_of_any_order_and_shape_come_back(tmp_path):
     assert found["none"].shape == (0, 3)
 
 
-def test_what_is_exported_can_be_exported(exported, export, tmp_path):
+def test_what_is_exported_can_be_exported(exported, export, load_once, tmp_path):
     export(exported("maskgit"), "--out", tmp_path / "again")
-    assert_same(load(tmp_path / "again"), load(exported("maskgit")))
+    assert_same(load(tmp_path / "again"), load_once(exported("maskgit")))
 
 
 # ----- the card -----
 
 
-def test_the_card_tells_what_is_known(exported):
+def test_the_card_tells_what_is_known(exported, load_once):
     card = (exported("dynamics") / "card.md").read_text()
-    about = load(exported("dynamics")).describe()
+    about = load_once(exported("dynamics")).describe()
     for told in (
         "# dynamics\n",
         "- **Frames:** 16 x 16 x 3 (height, width, channels)",

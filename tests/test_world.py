@@ -14,14 +14,9 @@ from dreamer4.errors import UserError
 from dreamer4.models.next_frame import NextFrame, NextFrameConfig
 from dreamer4.rollout.predict import Predictor
 from dreamer4.world import Description, World, load
-from noise_worlds import KINDS, noise_worlds
+from noise_worlds import KINDS
 
 CONTEXT, LENGTH = 3, 4
-
-
-@pytest.fixture(scope="module")
-def run_of(tmp_path_factory):
-    return noise_worlds(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")

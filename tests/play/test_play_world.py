@@ -15,20 +15,14 @@ from dreamer4.models.next_frame import NextFrame, NextFrameConfig
 from dreamer4.play.world import NOTE, WorldEnv, WorldVectorEnv, action_space
 from dreamer4.rollout.predict import Predictor
 from dreamer4.world import Description, World, load
-from noise_worlds import noise_worlds
 
 ID = "dreamer4.play.world:dreamer4/World-v0"
 STREAMS = 3
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return noise_worlds(tmp_path_factory.mktemp("runs"))("dynamics")
-
-
-@pytest.fixture(scope="module")
-def world(run):
-    return load(run)
+def world(run_of):
+    return load(run_of("dynamics"))
 
 
 @pytest.fixture(scope="module")
