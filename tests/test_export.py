@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import importlib
 import json
@@ -10,6 +11,7 @@ import tyro
 from safetensors.numpy import load_file
 
 from dreamer4.errors import UserError
+from dreamer4.runs import load_next_frame
 from dreamer4.train.exported import exported_step, read_exported, write_exported
 from dreamer4.train.manifest import DamageError
 from dreamer4.world import load
@@ -95,6 +97,13 @@ def test_no_folder_of_this_machine_is_told(script, run_of, exported):
     assert script.portable(config) == {"data": "dynamics", "toy": {"runs": ["maskgit", "runs/a"]}, "k": 4}
 
 
+def test_what_judged_a_model_stays_behind(script, run_of, tmp_path):
+    trained = load_next_frame(run_of("next_frame"))
+    judged = dataclasses.replace(trained, config=trained.config | {"discriminator": {"layers": 3}})
+    script.write_parameters(tmp_path / "out", judged, run_of("next_frame"))
+    jax.tree.map(np.testing.assert_array_equal, load_next_frame(tmp_path / "out").params, trained.params)
+
+
 def test_arrays_of_any_order_and_shape_come_back(tmp_path):
     turned = np.arange(6, dtype=np.float32).reshape(2, 3).T
     params = {"a": {"turned": turned}, "number": np.float32(2), "none": np.zeros((0, 3), np.int32)}
@@ -107,8 +116,8 @@ def test_arrays_of_any_order_and_shape_come_back(tmp_path):
 
 
 def test_what_is_exported_can_be_exported(exported, export, load_once, tmp_path):
-    export(exported("maskgit"), "--out", tmp_path / "again")
-    assert_same(load(tmp_path / "again"), load_once(exported("maskgit")))
+    export(exported("next_frame"), "--out", tmp_path / "again")
+    assert_same(load(tmp_path / "again"), load_once(exported("next_frame")))
 
 
 # ----- the card -----
@@ -147,16 +156,17 @@ ENVIRONMENT = {"devices": {"cpu": 1}, "cpus": 2, "packages": {"jax": "0.10.1"}}
 
 @pytest.fixture
 def logged(run_of, tmp_path):
-    run = shutil.copytree(run_of("dynamics"), tmp_path / "logged")
+    run = shutil.copytree(run_of("next_frame"), tmp_path / "logged")
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
     (run / "environment.json").write_text(json.dumps(ENVIRONMENT))
     return run
 
 
 def test_the_card_has_the_figures_of_that_checkpoint(logged, export, tmp_path):
-    export(logged, "--out", tmp_path / "a", "--command", "uv run experiments/train_dynamics.py debug")
+    export(logged, "--out", tmp_path / "a", "--command", "uv run experiments/train_next_frame.py debug")
     card = (tmp_path / "a" / "card.md").read_text()
-    assert "`uv run experiments/train_dynamics.py debug`, to step 3, 2.0 minutes on 1 cpu (2 cores, jax 0.10.1)" in card
+    told = "`uv run experiments/train_next_frame.py debug`, to step 3, 2.0 minutes on 1 cpu (2 cores, jax 0.10.1)"
+    assert told in card
     assert "| psnr | 12.35 |" in card
     assert "ssim" not in card
     assert "99" not in card
@@ -231,6 +241,6 @@ def test_damage_is_told_with_the_name_of_the_file(exported, tmp_path, name, dama
 
 
 def test_a_card_may_be_edited(exported, tmp_path):
-    folder = shutil.copytree(exported("dynamics"), tmp_path / "copy")
+    folder = shutil.copytree(exported("next_frame"), tmp_path / "copy")
     (folder / "card.md").write_text("mine")
     load(folder)

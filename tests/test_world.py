@@ -1,4 +1,5 @@
 import doctest
+import itertools
 import subprocess
 import sys
 
@@ -118,17 +119,6 @@ def test_a_state_shows_what_was_seen_last(played):
     np.testing.assert_array_equal(blank.frame, np.full(world.describe().frame, 128))
 
 
-def test_a_reset_tells_the_dreamer_all(worlds):
-    world = worlds["dynamics"]
-    frames, actions = clip(world, 1, CONTEXT)
-    expected = jax.jit(world.dreamer.init)(world.params, frames, actions, jax.random.key(7))
-    found = world.reset(frames[0], at(actions, 0), seed=7)
-    for a, b in zip(jax.tree.leaves(found.dream), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(
-            *(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
-        )
-
-
 def test_a_frame_is_the_dreamers_to_the_nearest_level(worlds):
     world = worlds["next_frame"]
     state, action = world.reset(*clip(world, CONTEXT)), at(actions_of(world, 1), 0)
@@ -140,8 +130,9 @@ def test_what_no_action_is_known_for_is_not_what_a_null_action_led_to(worlds):
     world = worlds["dynamics"]
     frames, actions = clip(world, CONTEXT)
     null = jax.tree.map(np.zeros_like, actions)
-    known, unknown = world.reset(frames, null), world.reset(frames)
-    assert np.any(np.asarray(known.dream.cache.key) != np.asarray(unknown.dream.cache.key))
+    told, known, unknown = (world.reset(frames, given) for given in (actions, null, None))
+    memories = [np.asarray(state.dream.cache.key) for state in (told, known, unknown)]
+    assert all(np.any(one != other) for one, other in itertools.combinations(memories, 2))
     free, stood = (world.step(known, action)[1] for action in (None, at(null, 0)))
     assert np.any(np.asarray(free) != np.asarray(stood))
 
@@ -308,7 +299,7 @@ def test_a_reset_that_cannot_be_is_refused(three, arguments, sentence):
 
 def test_a_k_that_the_model_cannot_take_is_refused(worlds, run_of):
     with pytest.raises(UserError, match="K: 3 steps found, a power of two up to the model's k_max of 4 expected"):
-        load(run_of("dynamics"), k=3)
+        worlds["dynamics"].with_k(3)
     with pytest.raises(UserError, match="T: 0 steps found"):
         worlds["maskgit"].with_k(0)
     with pytest.raises(UserError, match="k: 2 found, none expected: a frame is predicted in one step"):
