@@ -35,6 +35,7 @@ def write_exported(folder: Path, params: PyTree, config: dict[str, Any], step: i
     # In C order, which the format has and its writer does not see to.
     arrays = {name: np.array(leaf, order="C") for name, leaf in named_leaves(params).items()}
     save_file(arrays, folder / PARAMETERS)
+    (folder / PARAMETERS).chmod((folder / _CONFIG).stat().st_mode)  # its writer lets nobody else read it
     seal(folder, {"step": step})
 
 
