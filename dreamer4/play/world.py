@@ -178,9 +178,9 @@ class WorldVectorEnv(VectorEnv[Frame, Any, np.ndarray]):
         if np.shape(mask) != (self.num_envs,) or np.asarray(mask).dtype != bool:
             raise UserError(f"reset_mask: {np.shape(mask)} found, {self.num_envs} of True and False expected")
         seeds = _seeds(seed, self.num_envs)
-        for i in np.flatnonzero(mask):
-            if seeds[i] is not None:
-                self._random[i] = np_random(seeds[i])[0]
+        for i, (chosen, own) in enumerate(zip(mask, seeds, strict=True)):
+            if chosen and own is not None:
+                self._random[i] = np_random(own)[0]
         start = _start_of(self.world, options) or self._start
         self._state = self._anew(np.asarray(mask), start, self._state)
         self._steps, self._over = np.where(mask, 0, self._steps), self._over & ~mask
