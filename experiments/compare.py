@@ -1,7 +1,7 @@
 """Worlds side by side: ``uv run experiments/compare.py RUN RUN ... [FLAGS]``.
 
-Dynamics over latents and over codes dream the same held-out clips of one data set, each under its own actions and with
-as many steps a frame as its run evaluates with. The figures go to the terminal and to ``comparison.json``;
+Dynamics over latents and over codes, and models of pixels, dream the same held-out clips of one data set, each under its
+own actions and with as many steps a frame as its run evaluates with. The figures go to the terminal and to ``comparison.json``;
 ``comparison.gif`` shows clips in columns: the truth, and below it the dream of each run.
 """
 
@@ -56,7 +56,7 @@ class Options:
     """Compare runs of dynamics."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Runs of train_dynamics.py and train_maskgit.py."""
+    """Runs of train_dynamics.py, train_maskgit.py and train_next_frame.py."""
     data: Path | None = None
     """Data set to take clips from; where none is given, what the first run was trained on."""
     clips: int = 64

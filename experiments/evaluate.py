@@ -47,10 +47,10 @@ SHOWN = 8  # clips in the film
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Evaluate a run of dynamics, over latents or over codes."""
+    """Evaluate a run that dreams: over latents, over codes, or of pixels."""
 
     run: Path = Path("runs/dynamics")
-    """Run of train_dynamics.py or train_maskgit.py; its best checkpoint is taken."""
+    """Run of train_dynamics.py, train_maskgit.py or train_next_frame.py; its best checkpoint is taken."""
     data: Path | None = None
     """Data set to take clips from; where none is given, what the run was trained on."""
     clips: int = 64
@@ -60,7 +60,8 @@ class Options:
     horizon: int = 16
     """Frames that it adds."""
     k: tuple[int, ...] = ()
-    """Steps a frame; where none are given 1, 2, 4 and the most that the run was trained for."""
+    """Steps a frame; where none are given 1, 2, 4 and the most that the run was trained for. A model of pixels takes
+    none."""
     codes: tuple[int, ...] = ()
     """Actions to follow, one after another, after each context: ``codes.gif``. Runs with one choice of action only."""
     split: Split = "validation"

@@ -182,6 +182,7 @@ def test_the_originals_size():
         ({}, {"time_every": 1}, "transformer.time_every: 1 found, 0 expected"),
         ({}, {"experts": 2}, "transformer.experts: 2 found"),
         ({"registers": -1}, {}, "registers"),
+        ({"norm": "batch"}, {}, "norm: batch found"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, transformer, said):
