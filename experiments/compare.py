@@ -1,8 +1,8 @@
 """Worlds side by side: ``uv run experiments/compare.py RUN RUN ... [FLAGS]``.
 
-Dynamics over latents and over codes, and models of pixels, dream the same held-out clips of one data set, each under its
-own actions and with as many steps a frame as its run evaluates with. The figures go to the terminal and to ``comparison.json``;
-``comparison.gif`` shows clips in columns: the truth, and below it the dream of each run.
+Dynamics over latents and over codes, and models of pixels, dream the same held-out clips of one data set, each under
+its own actions and with as many steps a frame as its run evaluates with. The figures go to the terminal and to
+``comparison.json``; ``comparison.gif`` shows clips in columns: the truth, and below it the dream of each run.
 """
 
 import dataclasses

@@ -149,9 +149,8 @@ TINYWORLDS = dataclasses.replace(
     train=dataclasses.replace(TOY.train, steps=5000),
 )
 """``uv run experiments/train_latent_action.py tinyworlds --data data/tinyworlds`` (2,000 recorded clips): 27.2 dB on
-held-out clips after 7 min 46 s on two cores (EPYC), other work on one of them, 7.0 dB above other clips' codes. At
-twice the rate and in 3,000 steps it may stay at 24 dB; without the warm-up that it has from ``toy`` it stays within
-1 dB of other codes."""
+held-out clips after 5 min 58 s on two cores (EPYC), 7.0 dB above other clips' codes. At twice the rate and in 3,000
+steps it may stay at 24 dB; without the warm-up that it has from ``toy`` it stays within 1 dB of other codes."""
 
 TINYWORLDS_PONG = dataclasses.replace(
     TINYWORLDS,

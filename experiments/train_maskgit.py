@@ -91,8 +91,8 @@ TOY = Config(
     train=TrainConfig(steps=2000, batch_size=8, clip_length=8, eval_every=500, checkpoint_every=500, eval_length=24),
 )
 """``uv run experiments/train_maskgit.py --data data/tinyworlds --actions latent --tokenizer
-runs/tinyworlds/tokenizer``: 23.6 dB with T = 8 over 16 frames after 8, 7.3 dB above the last frame repeated, after 10
-min 40 s on two cores (EPYC), other work on one of them."""
+runs/tinyworlds/tokenizer``: 23.6 dB with T = 8 over 16 frames after 8, 7.3 dB above the last frame repeated, after 8
+min 10 s on two cores (EPYC)."""
 
 PONG = Config(
     run=RunOptions(Path("runs/maskgit_pong")),

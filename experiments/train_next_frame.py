@@ -166,7 +166,7 @@ RECORDINGS = Config(
     ),
 )
 """``uv run experiments/train_next_frame.py recordings --data my_recording``: 26.2 M parameters. ``benchmark.py
-next_frame`` measures it; it has not been trained here."""
+next_frame`` measures it, 1.9 to 2.0 frames/s on two quiet cores (EPYC); it has not been trained here."""
 
 PRESETS = {
     "toy": ("a recording of a bouncing square that is written first, minutes on two cores (default)", TOY),

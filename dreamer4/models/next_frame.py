@@ -78,7 +78,7 @@ class NextFrameConfig:
         at_least(1, self, "action_tokens")
         at_least(0, self, "registers", "noise")
         if self.norm == "batch":
-            raise UserError("norm: batch found, instance, group or none expected: one frame is to say nothing of others")
+            raise UserError("norm: batch found, instance, group or none expected: a frame is to say nothing of others")
         if self.transformer.time_every:
             raise UserError(
                 f"transformer.time_every: {self.transformer.time_every} found, 0 expected: the model sees one frame"
