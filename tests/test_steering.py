@@ -21,7 +21,9 @@ KEY = jax.random.key(0)
 def steering():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
-        yield importlib.import_module("steering")
+        steering = importlib.import_module("steering")
+        patch.setattr(steering, "painter", lambda dreamer: None)  # these dream without a tokenizer
+        yield steering
 
 
 @pytest.fixture(scope="module")
