@@ -179,7 +179,8 @@ def test_stacked_matrices_get_the_updates_of_plain_muon():
 
     plain = optax.contrib.muon(0.1, weight_decay=0.3, muon_weight_dimension_numbers=axes)
     stacked = stack_alike(plain)
-    update_plain, update_stacked = jit(plain.update), jit(stacked.update)
+    as_users_do = {"xla_backend_optimization_level": 3}
+    update_plain, update_stacked = (jax.jit(x.update, compiler_options=as_users_do) for x in (plain, stacked))
     params = jax.tree.map(jnp.asarray, matrices)
     plain_state, stacked_state = plain.init(params), stacked.init(params)
     for n in range(3):
@@ -187,7 +188,7 @@ def test_stacked_matrices_get_the_updates_of_plain_muon():
         found, stacked_state = update_stacked(grads(n), stacked_state, params)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(found[name], value, atol=1e-6, err_msg=name)
 
 
 def test_stacking_keeps_matrices_of_a_shape_apart():
