@@ -59,8 +59,13 @@ def _restore(kind: Any, value: Any, where: str) -> Any:
         return tuple(_restore(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, value, strict=True)))
     if kind is Path:
         return Path(value)
+    if origin is typing.Literal:
+        if not any(value == a and type(value) is type(a) for a in arguments):
+            raise UserError(f"{where}: found {value!r}, expected one of {', '.join(map(repr, arguments))}")
+        return value
     expected = (int, float) if kind is float else kind
-    if isinstance(expected, (type, tuple)) and not isinstance(value, expected):
+    is_kind = not isinstance(expected, (type, tuple)) or isinstance(value, expected)
+    if not is_kind or (isinstance(value, bool) and kind in (int, float)):  # which Python counts among the integers
         raise UserError(f"{where}: found {value!r}, expected {kind.__name__}")
     return value
 

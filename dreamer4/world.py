@@ -25,6 +25,8 @@ Action = dict[str, Shaped[Array | np.ndarray, "..."]]
 STATIC = {"static": True}
 """``metadata`` of a field that is part of a pytree's structure, and so of the program that it goes through."""
 SEEDS = 2**32
+BUNDLED = Path(__file__).parent / "worlds" / "toy"
+"""The world that comes with dreamer4, as experiments/export.py made it; its card.md tells of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +170,9 @@ class World:
         return video
 
 
-def load(run: str | Path | Trained, k: int | None = None) -> World:
-    """The world of a trained run, or of a folder that experiments/export.py made; ``k`` is how many steps a frame
-    takes, where it is not to be as in the run.
+def load(run: str | Path | Trained = BUNDLED, k: int | None = None) -> World:
+    """The world of a trained run, or of a folder that experiments/export.py made; without either the bundled toy world.
+    ``k`` is how many steps a frame takes, where it is not to be as in the run.
 
     >>> world = dreamer4.load(run)                   # run = "runs/dynamics", say
     >>> state = world.reset(seed=1)                  # or world.reset(frames), to go on from real ones
