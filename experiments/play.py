@@ -15,6 +15,7 @@ import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import tyro
 from dream_clips import held_out
@@ -89,7 +90,12 @@ def play(options: Options) -> None:
     logging.basicConfig(
         stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, force=True
     )
-    listening = listen(options.host, options.port)  # first: what takes long should not be for nothing
+    with listen(options.host, options.port) as listening:  # first: what takes long should not be for nothing
+        serve(options, listening)
+
+
+def serve(options: Options, listening: socket.socket) -> None:
+    """The world, to what comes to ``listening``."""
     run = options.run or BUNDLED
     trained = load(run)
     world = load_world(trained, options.k)
@@ -117,7 +123,8 @@ def play(options: Options) -> None:
 def address(options: Options, port: int, token: str | None) -> str:
     """The link to the page. The token stands behind a #, so that browsers keep it to themselves."""
     host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(options.host, options.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/{'' if token is None else f'#token={token}'}"
+    fragment = "" if token is None else f"#token={quote(token, safe='')}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/{fragment}"
 
 
 def has_display() -> bool:
@@ -135,7 +142,7 @@ def known_of(trained: Trained, run: Path, options: Options) -> dict[str, Any]:
     rest = neutral(space, names)
     known = {"labels": names, "keys": keys_of(space, names), "neutral": rest, "clock": "always" if rest else "held"}
     try:
-        clips = held_out(trained, run, options.data, "validation", options.clips, Horizon(options.context, 1))
+        clips = clips_of(trained, run, options)
     except UserError as error:
         print(f"there are no real frames to begin from: {error}", file=sys.stderr)
         return known
@@ -143,6 +150,18 @@ def known_of(trained: Trained, run: Path, options: Options) -> dict[str, Any]:
     actions = {c.name: np.asarray(clips.action[c.name])[:, context] for c in space}
     truth = toy_truth(from_json(toy.ToyConfig, trained.config["toy"], f"{run}: toy"), clips) if is_toy else None
     return known | {"starts": Starts(np.asarray(clips.video)[:, context], actions, truth)}
+
+
+def clips_of(trained: Trained, run: Path, options: Options) -> Batch:
+    """As many as are asked for or, where there are not so many, half of that, and so on."""
+    count = options.clips
+    while True:
+        try:
+            return held_out(trained, run, options.data, "validation", count, Horizon(options.context, 1))
+        except UserError:
+            if count == 1:
+                raise
+            count //= 2
 
 
 def toy_truth(config: toy.ToyConfig, clips: Batch) -> Truth:

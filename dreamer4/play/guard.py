@@ -11,8 +11,6 @@ import ipaddress
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-LOCAL = ("127.0.0.1", "::1", "localhost")
-
 
 def is_local(host: str) -> bool:
     """Whether only this machine reaches what listens at ``host``."""
@@ -35,7 +33,7 @@ class Guard:
         name = _host_name(hosts[0]) if len(hosts) == 1 else None
         if name is None:
             return False
-        return name in LOCAL or name in self.names or (self.token is not None and _address(name) is not None)
+        return is_local(name) or name in self.names or (self.token is not None and _address(name) is not None)
 
     def knows_origin(self, origins: Sequence[str], hosts: Sequence[str]) -> bool:
         """Whether a socket is opened by a page that came from where the socket leads."""

@@ -132,13 +132,19 @@ def read_message(text: str) -> Message:
         raise UserError(f"message: {len(text)} characters found, at most {LONGEST} bytes expected")
     try:
         fields = json.loads(text, object_pairs_hook=_once, parse_float=_finite, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
+        return _message(fields)
+    except (ValueError, RecursionError, OverflowError) as error:  # also of what tells of a deep value
         raise UserError(f"message: {error}") from None
+
+
+def _message(fields: Any) -> Message:
     if not isinstance(fields, dict):
         raise UserError(f"message: {type(fields).__name__} found, an object expected")
     kind = fields.pop("type", None)
     if not isinstance(kind, str) or kind not in _TYPES:
         raise UserError(f"message.type: {kind!r} found, one of {', '.join(_TYPES)} expected")
+    if kind == "speed" and type(fields.get("rate")) is int:  # of which JSON makes no difference
+        fields["rate"] = float(fields["rate"])
     return from_json(_TYPES[kind], fields, kind)
 
 

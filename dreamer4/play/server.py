@@ -15,7 +15,7 @@ import json
 import logging
 import socket as sockets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import resources
 from typing import Any, TypeVar
 from urllib.parse import parse_qs
@@ -47,6 +47,8 @@ AHEAD = 3
 QUEUE = 2000
 """Messages that may wait, as while a program compiles."""
 NEXT_PORTS = 100
+GIVEN_UP = 30_000
+"""Milliseconds after which the system ends a connection of which the other side takes nothing in, where it can."""
 THREADS = 4
 PATIENCE, PATIENCE_FOR = 0.5, 4
 """Seconds, and times of the last tick's, after which a player is told that something takes long."""
@@ -83,7 +85,10 @@ class Limits:
     sessions: int = 8
     idle_seconds: float = 600.0
     """Without anything done, after which a session ends."""
+    unread_seconds: float = 20.0
+    """For which what is said may wait to be taken in, after which a session ends."""
     messages_per_second: float = 200.0
+    """Longer ones, which are pictures, count as several."""
     burst: int = 400
     mistakes: int = 20
     """Messages that are not understood, after which a session ends."""
@@ -137,7 +142,9 @@ class Server:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
         pages = [Route(path, _serve(data, kind)) for path, data, kind in page_files()]
-        return Starlette(routes=[*pages, WebSocketRoute("/play", self.play)], lifespan=lifespan)
+        app = Starlette(routes=[*pages, WebSocketRoute("/play", self.play)], lifespan=lifespan)
+        app.router.redirect_slashes = False
+        return app
 
     def work(self, job: Callable[..., Result], *arguments: Any) -> "asyncio.Future[Result]":
         """The result of ``job``, to be done by one of the threads."""
@@ -148,19 +155,29 @@ class Server:
         await socket.accept()  # even where it is full: a page is not told why its socket was not accepted
         if self.playing >= self.limits.sessions:
             reason = f"{self.playing} are playing here already, which is all this server takes; try again later"
-            await socket.close(FULL, reason)
-            return
-        self.playing += 1
+            ending: Close | None = Close(FULL, reason)
+        else:
+            self.playing += 1
+            try:
+                ending = await Player(self, socket).play()
+            except WebSocketDisconnect:
+                ending = None
+            except Exception:
+                LOG.exception("a session ended by a mistake of the server's own")
+                ending = Close(MISTAKE, "something went wrong; the server's log says what")
+            finally:
+                self.playing -= 1
+        if ending is not None:
+            with contextlib.suppress(WebSocketDisconnect):
+                await self.send(socket.close(ending.code, ending.reason))
+
+    async def send(self, sending: Awaitable[None]) -> None:
+        """Raises WebSocketDisconnect where the page is not there to hear it, or takes nothing in."""
         try:
-            await Player(self, socket).play()
-        except WebSocketDisconnect:
-            pass
-        except Exception:
-            LOG.exception("a session ended by a mistake of the server's own")
-            with contextlib.suppress(RuntimeError, WebSocketDisconnect):
-                await socket.close(MISTAKE, "something went wrong; the server's log says what")
-        finally:
-            self.playing -= 1
+            async with asyncio.timeout(self.limits.unread_seconds):
+                await sending
+        except (TimeoutError, RuntimeError):  # RuntimeError: the transport has closed it
+            raise WebSocketDisconnect(1006) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,28 +193,29 @@ class Player:
 
     def __init__(self, server: Server, socket: WebSocket):
         self.server, self.socket, self.session = server, socket, Session(server.game)
-        self.inbox: asyncio.Queue[Message | bytes | UserError | Close | None] = asyncio.Queue()
+        self.inbox: asyncio.Queue[Message | bytes | UserError | None] = asyncio.Queue()
         self.sent = self.seen = 0
         self.mistakes = 0
         self.active = time.monotonic()
 
-    async def play(self) -> None:
-        """Until the page goes or something ends it."""
+    async def play(self) -> Close | None:
+        """Until something ends it; None where the page went."""
         reader = asyncio.create_task(self._read())
+        reader.add_done_callback(lambda _: self.inbox.put_nowait(None))  # wakes the game
         try:
-            ending = await self._game()
-            if ending is not None:
-                await self.socket.close(ending.code, ending.reason)
+            return await self._game(reader)
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
 
-    async def _game(self) -> Close | None:
-        """Messages as they come and ticks when they are due; what ends it, None where the page went."""
+    async def _game(self, reader: "asyncio.Task[Close | None]") -> Close | None:
+        """Messages as they come and ticks when they are due; what ends it."""
         await self._say(self.server.game.hello())
         await self._do(self._start)
         due = time.monotonic()
         while True:
+            if reader.done():  # what is still in the inbox is not worth doing
+                return reader.result()
             ready = self.session.due and self.sent - self.seen < AHEAD
             idle = self.active + self.server.limits.idle_seconds
             try:
@@ -209,26 +227,27 @@ class Player:
                 due = max(due, time.monotonic()) + 1 / self.session.rate
                 await self._do(self._tick)
                 continue
-            if message is None or isinstance(message, Close):
-                return message
+            if message is None or isinstance(message, Seen):
+                continue
             await self._do(self._obey, message)
             if self.mistakes >= self.server.limits.mistakes:
                 return Close(RULE, "too much that was not understood")
 
-    async def _read(self) -> None:
-        """Puts what the page says into the inbox, and as the last thing why there is nothing more."""
+    async def _read(self) -> Close | None:
+        """Puts what the page says into the inbox, until it goes or says too much."""
         limits = self.server.limits
         allowance, last = float(limits.burst), time.monotonic()
         while True:
             received = await self.socket.receive()
             if received["type"] == "websocket.disconnect":
-                return self.inbox.put_nowait(None)
+                return None
+            picture, text = received.get("bytes"), received.get("text")
             now = time.monotonic()
-            allowance = min(limits.burst, allowance + (now - last) * limits.messages_per_second) - 1
+            allowance = min(limits.burst, allowance + (now - last) * limits.messages_per_second)
+            allowance -= max(1, len(picture or text or "") / LONGEST)
             last = now
             if allowance < 0 or self.inbox.qsize() >= QUEUE:
-                return self.inbox.put_nowait(Close(RULE, "too many messages at once"))
-            picture, text = received.get("bytes"), received.get("text")
+                return Close(RULE, "too many messages at once")
             try:
                 message = picture if picture is not None else read_message(text or "")
             except UserError as error:
@@ -255,9 +274,9 @@ class Player:
 
     async def _say(self, answer: dict[str, Any] | bytes) -> None:
         if isinstance(answer, bytes):
-            await self.socket.send_bytes(answer)
+            await self.server.send(self.socket.send_bytes(answer))
         else:
-            await self.socket.send_text(json.dumps(answer, allow_nan=False))
+            await self.server.send(self.socket.send_text(json.dumps(answer, allow_nan=False)))
 
     # What follows is done by the threads, one at a time.
 
@@ -271,8 +290,6 @@ class Player:
         return [frames, *self._film()] if self.session.recorded_all else [frames]
 
     def _obey(self, message: Message | bytes | UserError) -> Answers:
-        if isinstance(message, Seen):
-            return []
         try:
             if isinstance(message, UserError):
                 raise message
@@ -344,21 +361,23 @@ class Guarded:
 def page_files() -> list[tuple[str, bytes, str]]:
     """The path, the bytes and the type of each file of the page; the first is served at ``/``, too."""
     folder = resources.files("dreamer4.play") / "page"
-    files = [(f"/{file.name}", file.read_bytes(), file.name) for file in folder.iterdir() if file.is_file()]
-    typed = [(path, data, TYPES[name.rsplit(".", 1)[-1]]) for path, data, name in files]
-    return [("/", *entry[1:]) for entry in typed if entry[0] == "/index.html"] + typed
+    endings = {file: file.name.rsplit(".", 1)[-1] for file in folder.iterdir() if file.is_file()}
+    files = [(f"/{file.name}", file.read_bytes(), TYPES[end]) for file, end in endings.items() if end in TYPES]
+    return [("/", *entry[1:]) for entry in files if entry[0] == "/index.html"] + files
 
 
 def listen(host: str, port: int) -> sockets.socket:
     """A socket that listens there; any free port for 0. Raises UserError where there is no such host, where the port is
     taken, which names the next free one, and where this user may not have it."""
     family = sockets.AF_INET6 if ":" in host else sockets.AF_INET
+    if not 0 <= port < 2**16:
+        raise UserError(f"port: {port} found, 0 to 65535 expected")
     try:
-        return sockets.create_server((host, port), family=family)
-    except sockets.gaierror as error:
+        address = sockets.getaddrinfo(host, port, family, sockets.SOCK_STREAM)[0][-1]
+    except (OSError, ValueError) as error:  # ValueError: what no name can be
         raise UserError(f"host: {host!r} found, a name or an address of this machine expected ({error})") from None
-    except OverflowError:
-        raise UserError(f"port: {port} found, 0 to 65535 expected") from None
+    try:
+        listening = sockets.create_server(address, family=family)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             free = next((p for p in range(port + 1, min(port + NEXT_PORTS, 65536)) if _is_free(host, p, family)), None)
@@ -369,6 +388,9 @@ def listen(host: str, port: int) -> sockets.socket:
         if error.errno == errno.EACCES:
             raise UserError(f"port: {port} is not this user's to take; try one above 1023") from None
         raise
+    if hasattr(sockets, "TCP_USER_TIMEOUT"):  # those that are accepted there have it, too
+        listening.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_USER_TIMEOUT, GIVEN_UP)
+    return listening
 
 
 def _is_free(host: str, port: int, family: int) -> bool:

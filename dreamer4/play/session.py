@@ -8,9 +8,10 @@ import collections
 import contextlib
 import dataclasses
 import io
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -229,6 +230,7 @@ class Session:
                 self._pane(pane).hold(None if action is None else self._read(action))
             case Pause(on):
                 self.paused = on
+                self._forget_taps()
             case Step():
                 self.paused = self._once = True
             case Speed(rate):
@@ -339,20 +341,29 @@ class Session:
     def _origin(self, start: Literal["data", "nothing", "same"], seed: int, clip: int) -> Origin:
         chosen = self.origin.start if start == "same" else start
         starts = self.game.starts
-        if chosen == "data":
-            if starts is None:
-                raise UserError("start: data found, but there is none to begin from")
-            if not 0 <= clip < len(starts.frames):
-                raise UserError(f"clip: {clip} found, 0 to {len(starts.frames) - 1} expected")
+        if chosen == "data" and starts is None:
+            raise UserError("start: data found, but there is none to begin from")
+        last = len(starts.frames) - 1 if starts else 0
+        if not 0 <= clip <= last:
+            raise UserError(f"clip: {clip} found, 0 to {last} expected")
         return Origin(chosen, seed, clip, self.origin.picture)
 
     def _begin(self, origin: Origin) -> None:
-        """As ``origin`` says; what was held stays held."""
+        """As ``origin`` says; what was held stays held, but nothing is left to be done."""
         pane = self._first(origin)
-        self.origin, self.hands = origin, self.hands[:1]
+        self.origin, self.hands, self._once = origin, self.hands[:1], False
+        self._forget_taps()
         self._now, self.ms = Moment((pane,), 0), 0.0
-        size = tree_bytes((pane.state, pane.truth)) or 1
-        self._past = collections.deque(maxlen=max(1, min(MOST_UNDO, UNDO_BYTES // size)))
+        self._keep([])
+
+    def _keep(self, past: Iterable[Moment]) -> None:
+        """Of ``past``, and of what follows, as much as may be kept of moments such as this one."""
+        size = tree_bytes([(pane.state, pane.truth, pane.true_frame) for pane in self.now.panes]) or 1
+        self._past = collections.deque(past, max(1, min(MOST_UNDO, UNDO_BYTES // size)))
+
+    def _forget_taps(self) -> None:
+        for hand in self.hands:
+            hand.tapped = None
 
     def _first(self, origin: Origin) -> Pane:
         game, world, seed = self.game, self.world, origin.seed
@@ -403,6 +414,7 @@ class Session:
         if others:
             raise UserError("branch: two panes are all there can be")
         self._now, self.hands = Moment((pane, pane), self.now.step), [*self.hands, Hand()]
+        self._keep(self._past)
 
 
 def encode_frame(frame: Frame) -> tuple[bytes, str]:
@@ -431,8 +443,15 @@ def make_gif(film: list[list[Frame]], rate: float) -> bytes:
 
     out, pictures = io.BytesIO(), map(picture, film)
     first = next(pictures)
-    first.save(out, "gif", save_all=True, append_images=pictures, duration=round(1000 / rate), loop=0)
+    first.save(out, "gif", save_all=True, append_images=pictures, duration=gif_durations(len(film), rate), loop=0)
     return out.getvalue()
+
+
+def gif_durations(count: int, rate: float) -> list[int]:
+    """Milliseconds of each picture, in hundredths of a second, as a GIF has them, that add up to what they should. At
+    least two: browsers make ten of less."""
+    ends = [round(100 * i / rate) for i in range(count + 1)]
+    return [10 * max(2, end - start) for start, end in itertools.pairwise(ends)]
 
 
 def _contexts(most: int) -> tuple[int, ...]:

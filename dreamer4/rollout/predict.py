@@ -34,7 +34,7 @@ class Predictor:
         """The state of ``batch`` streams that have seen nothing: a grey frame stands for it."""
         del key
         model = self.dynamics
-        return PredictionState(jnp.full((batch, model.height, model.width, model.channels), 0.5))
+        return PredictionState(jnp.full((batch, model.height, model.width, model.channels), 0.5, jnp.float32))
 
     def init(
         self,
