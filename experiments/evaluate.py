@@ -21,7 +21,7 @@ from curves import draw_curves
 from dream_clips import begin, held_out, play, roller, scorer
 from rich.console import Console
 from score_tables import finite, table, tabulate
-from steering import HELD, check_codes, follow, steer
+from steering import HELD, check_codes, follow, obedience, press, steer
 
 from dreamer4.batch import Batch
 from dreamer4.config import at_least, to_json
@@ -124,6 +124,9 @@ def evaluate(options: Options) -> None:
     if (control := steer(make(film_k), params, clips, horizon, key, options.batch_size)) is not None:
         report |= {"control": control}
         print(f"NMI of the code held for {HELD} frames and where the dreamt square went: {control['nmi']:.2f}")
+    if (obeys := press(make(film_k), params, clips, horizon, key, options.batch_size)) is not None:
+        report |= {"press": obeys}
+        print(obedience(obeys))
     truth = to_float(clips.video[:SHOWN])
     write(out, finite(report), np.asarray(film(truth, jnp.asarray(dreams[film_k]))))
     if options.codes:

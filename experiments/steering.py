@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamer4.batch import Actions, Batch, check_actions
+from dreamer4.data.toy import ACTIONS, DOWN, LEFT, MOVES, RIGHT, UP
 from dreamer4.dreamers import Dreamer, State, Trained, painter
 from dreamer4.errors import UserError
 from dreamer4.metrics.codes import nmi
@@ -21,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 HELD = 4  # frames for which one code is held to see where it leads
+PRESSED, CLOSE = 8, 2  # steps for which a direction is pressed, and pixels by which the square may miss
 LOOKS = ("side", "color", "background")  # what the toy world tells of its squares
 
 
@@ -64,7 +66,9 @@ def steer(
     @jax.jit
     def ways(params: PyTree, clips: Batch, codes: Array) -> tuple[Int[Array, "codes B"], Int[Array, "codes B T"]]:
         def under(code: Array, row: Array) -> Float[Array, "size T 2"]:
-            return _places(dreamer, params, jax.tree.map(lambda x: jnp.asarray(x)[row], clips), horizon, code, key)
+            return _places(
+                dreamer, params, jax.tree.map(lambda x: jnp.asarray(x)[row], clips), horizon, code, HELD, key
+            )
 
         found = jax.lax.map(lambda code: jax.lax.map(functools.partial(under, code), rows), codes)
         found = found.reshape(len(codes), -1, *found.shape[3:])[:, :count]
@@ -75,15 +79,56 @@ def steer(
     return told | {"directions": [np.bincount(gone, minlength=5).tolist() for gone in whole]}
 
 
+def press(
+    dreamer: Dreamer, params: PyTree, clips: Batch, horizon: Horizon, key: PRNGKeyArray, group: int = 32
+) -> dict[str, Any] | None:
+    """How surely the toy world's square obeys: every clip's context is continued for ``PRESSED`` steps of each of the
+    directions in which there is room for them, and where that has brought the square is read off the pictures. None
+    but for the toy world under its own actions.
+
+    ``share`` is of the ``tries`` in which it is, along and across, within ``CLOSE`` pixels of where it should be.
+    """
+    if [c.name for c in dreamer.dynamics.actions] != [c.name for c in ACTIONS] or not set(LOOKS) <= clips.state.keys():
+        return None
+    rows = jnp.asarray(groups_of(len(clips.video), group))
+
+    @jax.jit
+    def moves(params: PyTree, clips: Batch, directions: Array) -> Float[Array, "directions B 2"]:
+        def under(action: Array, row: Array) -> Float[Array, "size 2"]:
+            chosen = jax.tree.map(lambda x: jnp.asarray(x)[row], clips)
+            places = _places(dreamer, params, chosen, horizon, action, PRESSED, key)
+            return places[:, -1] - chosen.state["position"][:, horizon.context - 1, 0]
+
+        found = jax.lax.map(lambda action: jax.lax.map(functools.partial(under, action), rows), directions)
+        return found.reshape(len(directions), -1, 2)[:, : len(clips.video)]
+
+    directions = np.array([UP, DOWN, LEFT, RIGHT])
+    asked = PRESSED * MOVES[directions][:, None]
+    last = {name: clips.state[name][:, horizon.context - 1, 0] for name in ("position", "side")}
+    ends = last["position"] + asked
+    room = np.array(clips.video.shape[2:4]) - last["side"][:, None]
+    fits = np.all((ends >= 0) & (ends <= room), axis=-1)
+    off = np.abs(np.asarray(moves(params, clips, jnp.asarray(directions))) - asked).max(axis=-1)[fits]
+    return {"tries": len(off), "share": float(np.mean(off <= CLOSE)), "median_off": float(np.median(off))}
+
+
+def obedience(found: dict[str, Any]) -> str:
+    """What ``press`` found, in words."""
+    return (
+        f"{PRESSED} steps of a direction, where there is room for them, move the square to within {CLOSE} px of where"
+        f" they should in {found['share']:.0%} of {found['tries']} tries"
+    )
+
+
 def _places(
-    dreamer: Dreamer, params: PyTree, clips: Batch, horizon: Horizon, code: Array, key: PRNGKeyArray
+    dreamer: Dreamer, params: PyTree, clips: Batch, horizon: Horizon, code: Array, steps: int, key: PRNGKeyArray
 ) -> Float[Array, "B T 2"]:
-    """Where the square is in the last real frame, as the tokenizer paints it, and in each that is dreamt under
-    ``code``."""
+    """Where the square is in the last real frame, as the tokenizer paints it, and in each of the ``steps`` that are
+    dreamt under ``code``."""
     (component,) = dreamer.dynamics.actions
     video, paint = clips.video[:, : horizon.context], painter(dreamer)
     past = clips.action[component.name][:, : horizon.context]
-    actions = jnp.concatenate([past, jnp.full((len(past), HELD), code, past.dtype)], axis=1)
+    actions = jnp.concatenate([past, jnp.full((len(past), steps), code, past.dtype)], axis=1)
     dreamt = dreamer.dream(params, jnp.asarray(video), {component.name: actions}, key)
     real = to_float(video) if paint is None else paint(params, video)
     frames = jnp.concatenate([real[:, -1:], dreamt], axis=1)

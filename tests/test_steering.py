@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dreamer4.batch import ActionComponent, Batch
+from dreamer4.data.toy import ACTIONS
 from dreamer4.models.patches import to_float
 from dreamer4.rollout.evaluation import Horizon
 
@@ -79,3 +80,48 @@ def test_only_one_latent_code_in_the_toy_world_is_steered_by(steering, clips):
 def test_the_way_that_a_square_went(steering):
     moves = np.array([[0.0, 0.4], [-2.0, 0.1], [2.0, 1.0], [0.3, -2.0], [-1.0, 2.0]])
     np.testing.assert_array_equal(steering.direction(moves), [0, 1, 2, 3, 4])
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    """Squares of 4 pixels in frames of 32, whose places are known: in the middle, at the left wall, in a corner."""
+    places = np.array([[14, 14], [14, 0], [28, 28]])
+    video = np.zeros((3, 2, 32, 32, 3), np.uint8)
+    for clip, (row, column) in zip(video, places, strict=True):
+        clip[:, row : row + 4, column : column + 4] = 200
+    state = {
+        "position": np.broadcast_to(places[:, None, None], (3, 2, 1, 2)),
+        "side": np.full((3, 2, 1), 4),
+        "color": np.full((3, 2, 1, 3), 200, np.uint8),
+        "background": np.zeros((3, 2, 3), np.uint8),
+    }
+    no = np.zeros((3, 2), np.float32)
+    return Batch(video, {"action": np.zeros((3, 2), np.int32)}, no, no > 0, no > 0, np.ones(3, bool), state)
+
+
+def presser(speed, space=ACTIONS):
+    """Dreams in which an action moves the square by ``speed`` pixels a step, over the frame's edge and in again."""
+
+    def dream(params, frames, actions, key):
+        moves = jnp.cumsum(speed * jnp.asarray(MOVES)[actions["action"][:, frames.shape[1] :]], axis=1)
+        roll = jax.vmap(jax.vmap(lambda frame, move: jnp.roll(frame, move, (0, 1)), (None, 0)))
+        return roll(to_float(frames[:, -1]), moves)
+
+    return SimpleNamespace(dynamics=SimpleNamespace(actions=space), dream=dream)
+
+
+def test_a_square_that_obeys_is_where_it_should_be_after_eight_steps(steering, roomy):
+    found = steering.press(presser(2), {}, roomy, Horizon(2, 1), KEY, group=2)
+    # Of 14, 14 there is no room for 16 pixels in any direction but down and right, by less than a pixel.
+    assert found == {"tries": 3, "share": 1.0, "median_off": 0.0}
+
+
+@pytest.mark.parametrize(("speed", "share"), [(0, 0.0), (1, 0.0), (-1, 0.0)])
+def test_a_square_that_does_not_obey_is_not(steering, roomy, speed, share):
+    assert steering.press(presser(speed), {}, roomy, Horizon(2, 1), KEY)["share"] == share
+
+
+def test_only_the_toy_worlds_own_actions_are_pressed(steering, roomy):
+    ask = lambda space, clips: steering.press(presser(2, space), {}, clips, Horizon(2, 1), KEY)  # noqa: E731
+    assert ask(SPACE, roomy) is None
+    assert ask(ACTIONS, Batch(**vars(roomy) | {"state": {}})) is None
