@@ -27,9 +27,9 @@ from dreamer4.data.episodes import read_index
 from dreamer4.data.toy_player import NAMES
 from dreamer4.dreamers import Trained, load
 from dreamer4.errors import UserError
+from dreamer4.play.game import Game, Starts, Truth
 from dreamer4.play.guard import Guard, is_local
 from dreamer4.play.server import Limits, Server, listen
-from dreamer4.play.session import Game, Starts, Truth
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.train.cli import main
 from dreamer4.world import BUNDLED, Action, World

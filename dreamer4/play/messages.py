@@ -18,7 +18,7 @@ MOST_UNDONE = 1000
 class Hold:
     """From now on this action is held in a pane; None is none."""
 
-    pane: int
+    pane: Literal[0, 1]
     action: dict | None  # the world's to check
 
 

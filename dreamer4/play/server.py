@@ -21,9 +21,11 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
 from dreamer4.errors import UserError
+from dreamer4.play.game import Game
 from dreamer4.play.guard import Guard
 from dreamer4.play.messages import LONGEST, Context, Hold, K, Message, Record, Reset, Seen, read_message
-from dreamer4.play.session import Game, Session, encode_frame
+from dreamer4.play.pictures import encode_frame
+from dreamer4.play.session import Session, warm_up
 
 try:
     import uvicorn
@@ -136,7 +138,7 @@ class Server:
     def _routes(self) -> Starlette:
         @contextlib.asynccontextmanager
         async def lifespan(app: Starlette) -> AsyncIterator[None]:
-            self.work(self.game.warm_up).add_done_callback(_log_failure)  # while the page is on its way
+            self.work(warm_up, self.game).add_done_callback(_log_failure)  # while the page is on its way
             self.ready()
             yield
             self.pool.shutdown(wait=False, cancel_futures=True)

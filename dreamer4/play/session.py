@@ -5,22 +5,17 @@ one.
 """
 
 import collections
-import contextlib
 import dataclasses
-import io
-import itertools
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Array, UInt8
-from PIL import Image
 
 from dreamer4.errors import UserError
 from dreamer4.nn.counts import tree_bytes
+from dreamer4.play.game import MOST_UNDO, Game
 from dreamer4.play.messages import (
     Branch,
     Clock,
@@ -37,118 +32,11 @@ from dreamer4.play.messages import (
     Step,
     Undo,
 )
+from dreamer4.play.pictures import Frame, make_gif
 from dreamer4.world import Action, World, WorldState
 
-Frame = UInt8[np.ndarray, "H W C"]
 UNDO_BYTES = 64 * 2**20
 """What one session may keep of its past."""
-MOST_UNDO = 256
-RECORDING_BYTES = 64 * 2**20
-MOST_RECORDED = 600
-GIF_WIDTH = 320
-"""Whole pixels of a dream are enlarged up to about this in a recording."""
-PNG_PIXELS = 128 * 128
-"""Larger frames go as JPEG."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Truth:
-    """An environment that runs along with dreams that began from real frames. All its states are values."""
-
-    begin: Callable[[int], Any]
-    """The state at the last real frame of a clip."""
-    step: Callable[[Any, Action | None], tuple[Any, UInt8[Array | np.ndarray, "H W C"]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Starts:
-    """Real clips to begin from; ``actions`` are those that led to each frame."""
-
-    frames: UInt8[np.ndarray, "N T H W C"]
-    actions: Mapping[str, np.ndarray]
-    truth: Truth | None = None
-
-
-class Game:
-    """What all players of a server share: the world, in each of its K, and what is known of it.
-
-    ``labels`` names the choices of a component, and ``keys`` the keys for them (by ``KeyboardEvent.code``), where there
-    are better ones than the page's own. ``neutral`` is what is done while nothing is held; None is no action in
-    particular. ``clock`` says whether time runs then at all.
-    """
-
-    def __init__(
-        self,
-        world: World,
-        title: str,
-        *,
-        ks: tuple[int, ...] = (),
-        starts: Starts | None = None,
-        context: int = 1,
-        labels: Mapping[str, tuple[str, ...]] | None = None,
-        keys: Mapping[str, Mapping[str, Any]] | None = None,
-        neutral: Action | None = None,
-        clock: Literal["always", "held"] = "always",
-        rate: float = 15.0,
-        max_rate: float = 60.0,
-    ):
-        self.title, self.starts, self.neutral, self.clock = title, starts, neutral, clock
-        self.rate, self.max_rate = min(rate, max_rate), max_rate
-        self.labels, self.keys = labels or {}, keys or {}
-        self.about = world.describe()
-        self.k, self.ks = self.about.k, ks
-        self.worlds = {k: world.with_k(k) for k in ks} | {self.k: world}
-        self.contexts = _contexts(starts.frames.shape[1]) if starts else ()
-        self.context = max((c for c in self.contexts if c <= context), default=None)
-        self._compiled, self._compiling = set(), threading.Lock()
-
-    def hello(self) -> dict[str, Any]:
-        """What the page is told of it, in JSON terms."""
-        about = self.about
-        actions = [
-            dataclasses.asdict(c)
-            | {"labels": list(self.labels[c.name]) if c.name in self.labels else None, "keys": self.keys.get(c.name)}
-            for c in about.actions
-        ]
-        return {
-            "type": "hello",
-            "title": self.title,
-            "kind": about.kind,
-            "trained_on": about.trained_on,
-            "parameters": about.parameters,
-            "training_step": about.step,
-            "frame": list(about.frame),
-            "actions": actions,
-            "ks": list(self.ks),
-            "contexts": list(self.contexts),
-            "starts": len(self.starts.frames) if self.starts else 0,
-            "truth": self.starts is not None and self.starts.truth is not None,
-            "max_rate": self.max_rate,
-            "max_recording": self.recording_limit,
-            "undo_limit": MOST_UNDO,
-        }
-
-    @property
-    def recording_limit(self) -> int:
-        """Ticks of the longest recording, in which there may be four pictures each."""
-        return max(1, min(MOST_RECORDED, RECORDING_BYTES // (4 * int(np.prod(self.about.frame)))))
-
-    @contextlib.contextmanager
-    def compiling(self, *program: Any) -> Iterator[None]:
-        """Around each call of a program: the first one is alone, since two at once would compile it twice."""
-        if program in self._compiled:
-            yield
-            return
-        with self._compiling:
-            yield
-            self._compiled.add(program)
-
-    def warm_up(self) -> None:
-        """Compiles what a session begins with."""
-        session = Session(self)
-        session.start()
-        session.obey(Step())
-        session.tick()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +115,9 @@ class Session:
         an action that is not the world's, a K that it does not take. Nothing is changed then."""
         match message:
             case Hold(pane, action):
-                self._pane(pane).hold(None if action is None else self._read(action))
+                told = None if action is None else self._read(action)
+                if pane < len(self.hands):  # a page may speak of a second one that has just gone
+                    self.hands[pane].hold(told)
             case Pause(on):
                 self.paused = on
                 self._forget_taps()
@@ -252,7 +142,8 @@ class Session:
                 self._branch()
                 return True
             case Keep(pane):
-                self._pane(pane)
+                if pane >= len(self.hands):
+                    raise UserError("pane: 1 found, but there is only one")
                 self.hands = [self.hands[pane]]
                 self._now = Moment((self.now.panes[pane],), self.now.step)
                 return True
@@ -328,11 +219,6 @@ class Session:
         """The film as a GIF; None where nothing was recorded."""
         film, self._recording = self._recording, None
         return make_gif(film, self.rate) if film else None
-
-    def _pane(self, number: int) -> Hand:
-        if not 0 <= number < len(self.hands):
-            raise UserError(f"pane: {number} found, 0 to {len(self.hands) - 1} expected")
-        return self.hands[number]
 
     def _read(self, action: dict[str, Any]) -> Action:
         told = self.world.read_action(action, ())
@@ -417,49 +303,15 @@ class Session:
         self._keep(self._past)
 
 
-def encode_frame(frame: Frame) -> tuple[bytes, str]:
-    """A picture file and its type: PNG, which loses nothing, or for large frames JPEG, which takes less time."""
-    image = Image.fromarray(frame[..., 0] if frame.shape[-1] < 3 else frame[..., :3])
-    small, out = frame.shape[0] * frame.shape[1] <= PNG_PIXELS, io.BytesIO()
-    if small:
-        image.save(out, "png", compress_level=1)
-    else:
-        image.save(out, "jpeg", quality=92)
-    return out.getvalue(), "image/png" if small else "image/jpeg"
-
-
-def make_gif(film: list[list[Frame]], rate: float) -> bytes:
-    """An endless GIF of what was side by side at each tick, as long as it took."""
-    height, width = film[0][0].shape[:2]
-    most = max(len(shown) for shown in film)
-    scale = max(1, round(GIF_WIDTH / (width * most)))
-
-    def picture(shown: list[Frame]) -> Image.Image:
-        row = np.zeros((height, width * most, 3), np.uint8)
-        for i, frame in enumerate(shown):
-            row[:, i * width : (i + 1) * width] = frame[..., :3]
-        # Enlarged when its colours are counted: a film of enlarged RGB would be hundreds of megabytes.
-        return Image.fromarray(row).quantize().resize((width * most * scale, height * scale), Image.Resampling.NEAREST)
-
-    out, pictures = io.BytesIO(), map(picture, film)
-    first = next(pictures)
-    first.save(out, "gif", save_all=True, append_images=pictures, duration=gif_durations(len(film), rate), loop=0)
-    return out.getvalue()
-
-
-def gif_durations(count: int, rate: float) -> list[int]:
-    """Milliseconds of each picture, in hundredths of a second, as a GIF has them, that add up to what they should. At
-    least two: browsers make ten of less."""
-    ends = [round(100 * i / rate) for i in range(count + 1)]
-    return [10 * max(2, end - start) for start, end in itertools.pairwise(ends)]
-
-
-def _contexts(most: int) -> tuple[int, ...]:
-    """Powers of two up to ``most``, each of which compiles once; and ``most``."""
-    return tuple(sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most}))
-
-
 def _one_of(name: str, value: int, choices: tuple[int, ...]) -> int:
     if value not in choices:
         raise UserError(f"{name}: {value} found, one of {list(choices)} expected")
     return value
+
+
+def warm_up(game: Game) -> None:
+    """Compiles what every session begins with."""
+    session = Session(game)
+    session.start()
+    session.obey(Step())
+    session.tick()

@@ -15,11 +15,12 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from dreamer4.errors import UserError
+from dreamer4.play import game as games
 from dreamer4.play import server as servers
-from dreamer4.play import session as sessions
+from dreamer4.play.game import Game, Starts, Truth
 from dreamer4.play.guard import Guard
 from dreamer4.play.server import HEADERS, NOT_UNDERSTOOD, REFUSALS, Limits, Server, listen
-from dreamer4.play.session import Game, Starts, Truth
+from dreamer4.play.session import warm_up
 from dreamer4.world import World, load
 
 RATE = 60.0
@@ -107,7 +108,7 @@ def game(run_of):
     actions = {"controls": rng.normal(size=(3, 2, 2)).astype(np.float32)}
     starts = Starts(frames, actions, Truth(lambda clip: np.int32(100 * clip), count_along))
     game = Game(world, "noise", starts=starts, context=2, rate=RATE)
-    game.warm_up()
+    warm_up(game)
     return game
 
 
@@ -422,7 +423,7 @@ def test_a_recording_on_the_page(page, monkeypatch):
         assert film.n_frames >= recorded >= 4
     page.say("record", on=False)
     assert page.until("error")["text"] == "nothing was recorded"
-    monkeypatch.setattr(sessions, "MOST_RECORDED", 3)
+    monkeypatch.setattr(games, "MOST_RECORDED", 3)
     page.say("record", on=True)
     with Image.open(io.BytesIO(page.until("gif")["files"][0])) as film:
         assert film.n_frames == 3
@@ -456,6 +457,8 @@ MALFORMED = [
     '{"type":"reset","start":"data","seed":-1,"clip":0}',
     '{"type":"reset","start":"data","seed":4294967296,"clip":0}',
     '{"type":"keep","pane":2}',
+    '{"type":"hold","pane":2,"action":null}',
+    '{"type":"hold","pane":-1,"action":null}',
 ]
 IMPOSSIBLE = [
     *(
@@ -465,8 +468,7 @@ IMPOSSIBLE = [
     HOLD + '{"controls":' + "[" * 800 + "]" * 800 + "}}",
     HOLD + '{"other":[0,0]}}',
     HOLD + "{}}",
-    '{"type":"hold","pane":1,"action":null}',
-    '{"type":"hold","pane":-1,"action":null}',
+    '{"type":"hold","pane":1,"action":{"other":[0,0]}}',
     '{"type":"keep","pane":1}',
     '{"type":"speed","rate":61}',
     '{"type":"speed","rate":0.5}',
