@@ -84,7 +84,7 @@ def press(
 ) -> dict[str, Any] | None:
     """How surely the toy world's square obeys: every clip's context is continued for ``PRESSED`` steps of each of the
     directions in which there is room for them, and where that has brought the square is read off the pictures. None
-    but for the toy world under its own actions.
+    but for the toy world under its own actions, and where there is room in none.
 
     ``share`` is of the ``tries`` in which it is, along and across, within ``CLOSE`` pixels of where it should be.
     """
@@ -108,6 +108,8 @@ def press(
     ends = last["position"] + asked
     room = np.array(clips.video.shape[2:4]) - last["side"][:, None]
     fits = np.all((ends >= 0) & (ends <= room), axis=-1)
+    if not fits.any():
+        return None
     off = np.abs(np.asarray(moves(params, clips, jnp.asarray(directions))) - asked).max(axis=-1)[fits]
     return {"tries": len(off), "share": float(np.mean(off <= CLOSE)), "median_off": float(np.median(off))}
 

@@ -125,3 +125,8 @@ def test_only_the_toy_worlds_own_actions_are_pressed(steering, roomy):
     ask = lambda space, clips: steering.press(presser(2, space), {}, clips, Horizon(2, 1), KEY)  # noqa: E731
     assert ask(SPACE, roomy) is None
     assert ask(ACTIONS, Batch(**vars(roomy) | {"state": {}})) is None
+
+
+def test_where_there_is_no_room_nothing_is_pressed(steering, roomy):
+    small = Batch(**vars(roomy) | {"video": roomy.video[:, :, :18, :18]})
+    assert steering.press(presser(2), {}, small, Horizon(2, 1), KEY) is None

@@ -194,8 +194,11 @@ def _common_rate(videos: Sequence[_Video], fps: float | None) -> float:
 
 
 def _open(path: Path) -> Any:
+    av = _import_av()
+    # Titles that are no UTF-8, which 19 and later take of themselves.
+    garbled = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     # The prefix keeps a name with a colon from being an address.
-    return _import_av().open(f"file:{path}", options=OPENING, metadata_errors="replace")
+    return av.open(f"file:{path}", options=OPENING, **garbled)
 
 
 def _scan(path: Path) -> _Video:
