@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import tyro
+from steering import obedience
 
 from dreamer4.batch import ActionComponent
 from dreamer4.dreamers import Trained, load
@@ -50,6 +51,8 @@ class Options:
     """Folder to write, which must not exist or be empty."""
     command: str | None = None
     """The command that trained it, for the card; where none is given, the name of its script."""
+    note: str | None = None
+    """A sentence for the card, on what it does not know."""
 
 
 def export(options: Options) -> None:
@@ -95,7 +98,8 @@ def card(world: World, options: Options, size: int) -> str:
     about, run = world.describe(), RunFolder(options.run)
     of_tokenizer = parameter_count(world.params.get("tokenizer", {}))
     standing = f", {of_tokenizer:,} of them the tokenizer's" if of_tokenizer else ""
-    takes = f"\n- **K:** {about.k} steps a frame, unless asked for another" if about.k else ""
+    takes = f"\n- **K:** {about.k} step{'s' * (about.k > 1)} a frame, unless asked for another" if about.k else ""
+    note = f"\n- **Note:** {options.note}" if options.note else ""
     command = options.command or f"uv run experiments/{KINDS[about.kind]}"
     return f"""\
 # {options.out.name}
@@ -106,7 +110,7 @@ A world model to be stepped: {TITLES[about.kind]}.
 - **Actions:** {"; ".join(map(told, about.actions))}
 - **Parameters:** {about.parameters:,}{standing}; {size / 1e6:.2f} MB{takes}
 - **Trained on:** {about.trained_on}
-- **By:** `{command}`, to step {about.step:,}{spent(run, about)}; all settings are in `config.json`
+- **By:** `{command}`, to step {about.step:,}{spent(run, about)}; all settings are in `config.json`{note}
 
 ## Figures
 
@@ -178,6 +182,8 @@ def table(report: dict[str, Any]) -> str:
     for name, words in FIGURES.items():
         if all(row.get(name) is not None for row in columns.values()):
             lines.append(f"| {words} | {' | '.join(f'{row[name]:.4g}' for row in columns.values())} |")
+    if press := report.get("press"):
+        lines += ["", f"{obedience(press)} (K = {report['film_k']})."]
     return "\n".join(lines)
 
 

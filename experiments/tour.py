@@ -49,6 +49,8 @@ class Picture:
     """Two futures of the bundled world, and the truth beside them."""
 
     out: Path = Path("docs/play.png")
+    clip: int = 44
+    """The one to begin from: a large square of a clear colour, with room on all sides."""
 
 
 def find_chromium() -> str | None:
@@ -184,6 +186,8 @@ def picture(options: Picture) -> None:
         page = browser.new_page(viewport={"width": 1120, "height": 700}, color_scheme="light")
         page.goto(url)
         ready(page)
+        page.locator("#clip").fill(str(options.clip))
+        page.keyboard.press("Enter")
         page.keyboard.press("b")
         page.wait_for_selector("body[data-panes='2']")
         page.keyboard.down("ArrowRight")
