@@ -248,7 +248,7 @@ def test_evaluation_tells_tokens_and_dreams():
     assert found.keys() == names | {"accuracy", "perplexity"}
     assert float(found["perplexity"]) == pytest.approx(6, rel=1e-4)
     assert float(found["over_copy"]) == pytest.approx(float(found["psnr"] - found["psnr_copy"]))
-    assert float(found["over_shuffled"]) == 0  # an untrained model is deaf
+    assert abs(float(found["over_shuffled"])) < 1e-6  # an untrained model is deaf, but for last bits
     assert film.shape == (TIME, 3 * 14, CLIPS * 20, 3)
 
 
