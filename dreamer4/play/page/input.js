@@ -50,7 +50,7 @@ export class KeyMap {
 
 /** Whether keys belong to a field, and not to the game. */
 function isTyping(/** @type {EventTarget | null} */ target) {
-  return target instanceof Element && target.closest("input, select, textarea, dialog") !== null;
+  return target instanceof Element && target.closest("input, select, textarea, dialog[open]") !== null;
 }
 
 /**
