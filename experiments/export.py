@@ -121,7 +121,7 @@ A world model to be stepped: {TITLES[about.kind]}.
 ```python
 import dreamer4
 
-world = dreamer4.load("{options.out.name}")
+world = dreamer4.load("{options.out.name}")  # the path of this folder
 state = world.reset(seed=0)
 state, frame = world.step(state, {example(about.actions)})
 ```

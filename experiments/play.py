@@ -64,13 +64,13 @@ class Options:
     rate: float = 15.0
     """Steps a second, to begin with."""
     host: str = "127.0.0.1"
-    """Address to listen at. Any but this machine's own asks players for a token."""
+    """Address to listen at. Any but this machine's own asks players for a token, and so do ``names``."""
     port: int = 8000
     """0 takes any free one."""
     token: str | None = None
-    """What players elsewhere must bring; where none is given, one is made up at each start."""
+    """What players must bring; where none is given, one is made up at each start, if there may be strangers."""
     names: tuple[str, ...] = ()
-    """Names by which players elsewhere may call this machine, beside its addresses."""
+    """Names by which players elsewhere may call this machine or its proxy, beside its addresses."""
     sessions: int = 8
     """Players at a time."""
     idle: float = 600.0
@@ -102,15 +102,18 @@ def serve(options: Options, listening: socket.socket) -> None:
     title = "toy" if options.run is None else options.run.name
     ks, known = choices_of_k(world), known_of(trained, run, options)
     game = Game(world, title, ks=ks, rate=options.rate, context=options.context, **known)
-    token = None if is_local(options.host) else options.token or secrets.token_urlsafe(16)
+    # Under other names strangers come in through a proxy, wherever this listens.
+    is_alone = is_local(options.host) and not options.names
+    token = options.token or (None if is_alone else secrets.token_urlsafe(16))
     url = address(options, listening.getsockname()[1], token)
     guard = Guard((*(name.lower() for name in options.names), socket.gethostname().lower()), token)
     limits = Limits(sessions=options.sessions, idle_seconds=options.idle)
 
     def ready() -> None:
-        if token is not None:
+        if not is_alone:
+            where = options.names[0] if options.names else options.host
             print(
-                f"warning: whoever reaches {options.host} and has this link can play, and nothing is encrypted",
+                f"warning: whoever reaches {where} and has this link can play; nothing is encrypted here",
                 file=sys.stderr,
             )
         print(f"playing {world.describe().kind} ({run if options.run else 'the bundled world'}): {url}", flush=True)
@@ -140,7 +143,12 @@ def known_of(trained: Trained, run: Path, options: Options) -> dict[str, Any]:
     names = {toy.ACTIONS[0].name: NAMES} if data is None else names_of_actions(run, data)
     names = {c.name: names[c.name] for c in space if len(names.get(c.name, ())) == c.size}
     rest = neutral(space, names)
-    known = {"labels": names, "keys": keys_of(space, names), "neutral": rest, "clock": "always" if rest else "held"}
+    known = {
+        "labels": names,
+        "keys": keys_of(space, names),
+        "neutral": rest,
+        "clock": "held" if rest is None else "always",
+    }
     try:
         clips = clips_of(trained, run, options)
     except UserError as error:

@@ -43,6 +43,14 @@ def test_its_card_says_how_it_was_made():
         assert said in card
 
 
+def test_its_card_can_be_followed(monkeypatch):
+    code = (BUNDLED / "card.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(BUNDLED.parent)
+    found = {}
+    exec(code, found)
+    assert found["frame"].shape == (32, 32, 3)
+
+
 def test_the_documented_command_trains_such_a_world(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     script = importlib.import_module("train_dynamics")

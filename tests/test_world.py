@@ -173,6 +173,18 @@ def test_k_is_the_runs_unless_asked_for(run_of, worlds):
     assert worlds["maskgit"].with_k(1).describe().k == 1
 
 
+@pytest.mark.parametrize("kind", ["dynamics", "maskgit"])
+def test_what_was_seen_does_not_depend_on_k(kind, worlds):
+    """So that whoever changes K need not compile how a dream begins once more."""
+    world = worlds[kind]
+    frames = np.zeros((2, *world.describe().frame), np.uint8)
+    one, two = (world.with_k(k).reset(frames, seed=3) for k in (1, 2))
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert np.array_equal(
+            *(jax.random.key_data(z) if jnp.issubdtype(z.dtype, jax.dtypes.prng_key) else z for z in (x, y))
+        )
+
+
 def test_a_world_tells_what_it_is(worlds):
     about = worlds["dynamics"].describe()
     assert (about.kind, about.frame, about.step) == ("dynamics", (16, 16, 3), 3)

@@ -11,7 +11,6 @@ from jaxtyping import Array, UInt8
 
 from dreamer4.world import Action, World
 
-MOST_UNDO = 256
 RECORDING_BYTES = 64 * 2**20
 MOST_RECORDED = 600
 
@@ -90,7 +89,6 @@ class Game:
             "truth": self.starts is not None and self.starts.truth is not None,
             "max_rate": self.max_rate,
             "max_recording": self.recording_limit,
-            "undo_limit": MOST_UNDO,
         }
 
     @property

@@ -26,7 +26,7 @@ def encode_frame(frame: Frame) -> tuple[bytes, str]:
 
 
 def make_gif(film: list[list[Frame]], rate: float) -> bytes:
-    """An endless GIF of what was side by side at each tick, as long as it took."""
+    """An endless GIF of what was side by side at each tick, ``rate`` of which take a second."""
     height, width = film[0][0].shape[:2]
     most = max(len(shown) for shown in film)
     scale = max(1, round(GIF_WIDTH / (width * most)))

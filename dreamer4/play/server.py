@@ -2,8 +2,8 @@
 
     async with a socket:  hello -> start -> (a message | a tick) ... until the page goes, idles, or breaks a rule
 
-All of a session's work is done by one of a few threads, one job at a time, so that sockets are answered meanwhile and
-no session gets ahead of another. docs/play.md has the protocol.
+All of a session's work is done by threads, one for each session and one job at a time, so that sockets are answered
+meanwhile and nobody waits for what another's world compiles. docs/play.md has the protocol.
 """
 
 import asyncio
@@ -51,15 +51,12 @@ QUEUE = 2000
 NEXT_PORTS = 100
 GIVEN_UP = 30_000
 """Milliseconds after which the system ends a connection of which the other side takes nothing in, where it can."""
-THREADS = 4
 PATIENCE, PATIENCE_FOR = 0.5, 4
 """Seconds, and times of the last tick's, after which a player is told that something takes long."""
 TYPES = {
     "html": "text/html; charset=utf-8",
     "css": "text/css; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
-    "svg": "image/svg+xml",
-    "png": "image/png",
 }
 RULE, FULL, MISTAKE, IDLE = 1008, 1013, 1011, 4000
 """Codes with which a socket is closed; the last is the server's own."""
@@ -90,7 +87,7 @@ class Limits:
     unread_seconds: float = 20.0
     """For which what is said may wait to be taken in, after which a session ends."""
     messages_per_second: float = 200.0
-    """Longer ones, which are pictures, count as several."""
+    """Longer ones, which are pictures, count as several, but at most as a quarter of ``burst``."""
     burst: int = 400
     mistakes: int = 20
     """Messages that are not understood, after which a session ends."""
@@ -111,7 +108,7 @@ class Server:
     ):
         self.game, self.guard, self.limits, self.ready = game, guard, limits, ready
         self.playing = 0
-        self.pool = concurrent.futures.ThreadPoolExecutor(min(THREADS, limits.sessions), "player")
+        self.pool = concurrent.futures.ThreadPoolExecutor(limits.sessions + 1, "player")
         self.app = Guarded(self._routes(), guard)
 
     def run(self, listening: sockets.socket) -> None:
@@ -130,7 +127,6 @@ class Server:
                 access_log=False,  # it would keep the token
                 log_config=None,
                 server_header=False,
-                limit_concurrency=self.limits.sessions + 64,
                 timeout_graceful_shutdown=2,
             )
         )
@@ -170,6 +166,7 @@ class Server:
             finally:
                 self.playing -= 1
         if ending is not None:
+            LOG.warning("a session was ended: %s", ending.reason)
             with contextlib.suppress(WebSocketDisconnect):
                 await self.send(socket.close(ending.code, ending.reason))
 
@@ -246,7 +243,7 @@ class Player:
             picture, text = received.get("bytes"), received.get("text")
             now = time.monotonic()
             allowance = min(limits.burst, allowance + (now - last) * limits.messages_per_second)
-            allowance -= max(1, len(picture or text or "") / LONGEST)
+            allowance -= min(max(1, len(picture or text or "") / LONGEST), limits.burst / 4)
             last = now
             if allowance < 0 or self.inbox.qsize() >= QUEUE:
                 return Close(RULE, "too many messages at once")
@@ -267,7 +264,7 @@ class Player:
             patience = PATIENCE + PATIENCE_FOR * self.session.ms / 1000
             late = not (await asyncio.wait({working}, timeout=patience))[0]
             if late:
-                await self._say(self.session.status() | {"busy": "compiling"})
+                await self._say(self.session.status() | {"busy": "working"})
             answers = await asyncio.shield(working)
             for answer in [self.session.status(), *answers] if late else answers:
                 await self._say(answer)

@@ -15,7 +15,7 @@ import numpy as np
 
 from dreamer4.errors import UserError
 from dreamer4.nn.counts import tree_bytes
-from dreamer4.play.game import MOST_UNDO, Game
+from dreamer4.play.game import Game
 from dreamer4.play.messages import (
     Branch,
     Clock,
@@ -35,6 +35,7 @@ from dreamer4.play.messages import (
 from dreamer4.play.pictures import Frame, make_gif
 from dreamer4.world import Action, World, WorldState
 
+MOST_UNDO = 256
 UNDO_BYTES = 64 * 2**20
 """What one session may keep of its past."""
 
@@ -146,6 +147,7 @@ class Session:
                     raise UserError("pane: 1 found, but there is only one")
                 self.hands = [self.hands[pane]]
                 self._now = Moment((self.now.panes[pane],), self.now.step)
+                self._keep(self._past)
                 return True
             case Record(on):
                 if on:
@@ -252,20 +254,21 @@ class Session:
             hand.tapped = None
 
     def _first(self, origin: Origin) -> Pane:
-        game, world, seed = self.game, self.world, origin.seed
+        game, seed = self.game, origin.seed
+        world = game.worlds[game.k]  # the same for every K, and compiled once
         if origin.start == "picture" and origin.picture is not None:
-            with game.compiling("reset", self.k, "picture"):
+            with game.compiling("reset", "picture"):
                 return Pane(jax.block_until_ready(world.reset(origin.picture, seed=seed)))
         if origin.start == "nothing" or game.starts is None:
             # A world that has seen nothing shows nothing: its first step dreams up what it begins with.
-            with game.compiling("reset", self.k, "nothing"):
+            with game.compiling("reset", "nothing"):
                 blank = world.reset(seed=seed)
             with game.compiling("step", self.k):
-                return Pane(jax.block_until_ready(world.step(blank, None)[0]))
+                return Pane(jax.block_until_ready(self.world.step(blank, None)[0]))
         starts, last = game.starts, slice(-(self.context or 1), None)
         clip = starts.frames[origin.clip, last]
         actions = {name: a[origin.clip, last] for name, a in starts.actions.items()}
-        with game.compiling("reset", self.k, self.context):
+        with game.compiling("reset", self.context):
             state = jax.block_until_ready(world.reset(clip, actions, seed))
         return Pane(state, starts.truth.begin(origin.clip) if starts.truth else None, clip[-1])
 

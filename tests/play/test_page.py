@@ -555,7 +555,7 @@ def test_k_is_chosen_and_what_takes_long_is_said(toyer, sticker, monkeypatch):
     step, is_compiled = Echo.step, threading.Event()
     monkeypatch.setattr(Echo, "step", lambda *told: is_compiled.wait(5) and step(*told))
     expect(sticker.find("#waking")).to_be_visible()
-    expect(sticker.find("#waking-text")).to_have_text("waking the world… (compiling)")
+    expect(sticker.find("#waking-text")).to_have_text("waking the world… (working)")
     is_compiled.set()
     expect(sticker.find("#waking")).to_be_hidden()
 

@@ -774,7 +774,7 @@ def test_a_page_is_told_that_something_takes_long(page, monkeypatch):
     said = [page.hear() for _ in range(4)]
     assert [(heard["type"], heard.get("busy")) for heard in said] == [
         ("status", None),
-        ("status", "compiling"),
+        ("status", "working"),
         ("status", None),
         ("frames", None),
     ]

@@ -586,7 +586,6 @@ def test_hello_tells_of_the_world(game):
         "truth": True,
         "max_rate": 60.0,
         "max_recording": 600,
-        "undo_limit": 256,
     }
 
 
