@@ -196,7 +196,11 @@ export class Game {
   }
 
   branch() {
-    if (this.panes === 1) this.send({ type: "branch" });
+    if (this.panes > 1) return;
+    this.status.panes = 2; // at once, so that a second push is none
+    this.#told = [];
+    say("Two dreams side by side");
+    this.send({ type: "branch" });
   }
 
   keep(/** @type {number} */ pane) {
