@@ -166,7 +166,8 @@ class Server:
             finally:
                 self.playing -= 1
         if ending is not None:
-            LOG.warning("a session was ended: %s", ending.reason)
+            if ending.code == RULE:
+                LOG.warning("a session was ended: %s", ending.reason)
             with contextlib.suppress(WebSocketDisconnect):
                 await self.send(socket.close(ending.code, ending.reason))
 

@@ -579,10 +579,11 @@ def test_a_flood_of_pictures_is_counted_by_its_bytes(game, monkeypatch):
         assert page.ends() == (1008, "too many messages at once")
 
 
-def test_too_much_that_is_not_understood_ends_it(page):
+def test_too_much_that_is_not_understood_ends_it(page, caplog):
     for _ in range(20):
         page.socket.send("?")
     assert page.ends() == (1008, "too much that was not understood")
+    assert "a session was ended: too much that was not understood" in caplog.text
 
 
 # ----- places -----
