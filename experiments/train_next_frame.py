@@ -112,6 +112,7 @@ TOY = Config(
         final_fraction=0.02,
         weight_decay=0.0,
     ),
+    discriminator_optimizer=OptimizerConfig(learning_rate=1e-4, b1=0.5, weight_decay=0.0, warmup_steps=50),
     train=TrainConfig(
         steps=1200, batch_size=32, clip_length=2, eval_every=300, checkpoint_every=300, eval_clips=32, eval_length=17
     ),
