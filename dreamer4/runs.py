@@ -6,6 +6,7 @@ of the model that the configuration describes.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,7 @@ def run_kind(run: Path) -> str | None:
 
 def load_tokenizer(run: Path) -> TrainedTokenizer:
     """The tokenizer of latents that a run of train_tokenizer.py trained."""
-    params, config = _read(run, "tokenizer", "tokenizer", ("params",))
+    params, config = _read(run, "tokenizer", "tokenizer")
     model = Tokenizer(from_json(TokenizerConfig, config["tokenizer"], f"{run}: tokenizer"), *config["frame"])
     return TrainedTokenizer(model, _checked(run, params, init_tokenizer, model), config, _step(run))
 
@@ -123,8 +124,7 @@ def load_latent_action(run: Path) -> TrainedLatentAction:
     """The model that a run of train_latent_action.py trained."""
     params, config = _read(run, "latent_action", "model")
     model = from_json(LatentActionConfig, config["latent_action"], f"{run}: latent_action").build(*config["frame"])
-    checked = _checked(run, params, lambda model, key: init_latent_action(model, key)[0], model)
-    return TrainedLatentAction(model, checked, config, _step(run))
+    return TrainedLatentAction(model, _checked(run, params, _init_latent_action, model), config, _step(run))
 
 
 def load_dynamics(run: Path) -> TrainedDynamics:
@@ -159,13 +159,14 @@ def load_next_frame(run: Path) -> TrainedNextFrame:
     return TrainedNextFrame(model, {"dynamics": _checked(run, params, init_next_frame, model)}, config, _step(run))
 
 
-def _read(
-    run: Path, kind: str, field: str, parts: tuple[str, ...] = ("ema", "params")
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and configuration; ``field`` is what errors call a folder that is not there."""
+def _read(run: Path, kind: str, field: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and configuration; ``field`` is what errors call a folder that is not there.
+
+    The averaged parameters if the run kept an average: they are what it evaluated (``TrainState.best_params``).
+    """
     if not run.is_dir():
         raise UserError(f"{field}: there is no {run}; train one with uv run experiments/{KINDS[kind]}")
-    params, config = read_exported(run) if is_exported(run) else restore_params(run, parts=parts)
+    params, config = read_exported(run) if is_exported(run) else restore_params(run, parts=("ema", "params"))
     found = kind_of(config)
     if found != kind or (kind in ("tokenizer", "video_tokenizer", "latent_action") and "frame" not in config):
         of = f"of {KINDS[found]}" if found and found != kind else "of another program"
@@ -175,10 +176,19 @@ def _read(
 
 def _checked(run: Path, params: PyTree, init: Callable[[Any, Any], PyTree], model: Any) -> PyTree:
     """The parameters, where they are of the shapes that ``init(model, key)`` gives."""
-    expected = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
-    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
+    if jax.tree.map(np.shape, params) != _shapes(init, model):
         raise UserError(f"{run}: the checkpoint's parameters are not those of the model in its configuration")
     return params
+
+
+@functools.lru_cache(maxsize=16)  # tracing takes most of the time of reading a small run
+def _shapes(init: Callable[[Any, Any], PyTree], model: Any) -> PyTree:
+    expected = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
+    return jax.tree.map(np.shape, expected)
+
+
+def _init_latent_action(model: LatentActionModel, key: Any) -> PyTree:
+    return init_latent_action(model, key)[0]
 
 
 def _actions(run: Path, config: dict[str, Any]) -> ActionSpace:

@@ -1,5 +1,6 @@
 """Runs for tests, whose parameters are noise: what they would learn in seconds is less."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,10 +14,11 @@ from dreamer4.train.checkpoint import Checkpoints
 from dreamer4.train.cli import choose_preset
 
 
-def noise_run(script: ModuleType, run: Path, *arguments: Any) -> Path:
-    """Makes the run that ``script`` would train under these arguments, a preset first, in the folder ``run``."""
+def noise_run(script: ModuleType, run: Path, *arguments: Any, fit: Callable[..., None] | None = None) -> Path:
+    """Makes the run that ``script`` would train under these arguments, a preset first, in the folder ``run``; ``fit``
+    takes the place of training."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "fit", _not_fit)
+        patch.setattr(cli, "fit", fit or _not_fit)
         script.train(choose_preset(script.PRESETS, [*map(str, arguments), "--run-dir", str(run)]))
     return run
 
