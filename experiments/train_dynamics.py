@@ -268,7 +268,15 @@ def make_objective(config: Config, tokenizer: Tokenizer, spec: BatchSpec) -> Sho
         )
     model = Dynamics(config.dynamics, spec.actions, tokenizer.config.latents, tokenizer.config.bottleneck)
     model.channels  # noqa: B018 (latents that cannot be packed say so here, before anything starts)
-    return ShortcutForcing(model, tokenizer, config.forcing, config.train.steps, config.k, config.horizon)
+    return ShortcutForcing(
+        model,
+        tokenizer,
+        config.forcing,
+        config.train.steps,
+        config.k,
+        config.horizon,
+        cycle=len(config.train.shapes),
+    )
 
 
 def measure(config: Config, corpus: Batch) -> DynamicsConfig:

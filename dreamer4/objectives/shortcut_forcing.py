@@ -34,7 +34,8 @@ class ForcingConfig:
     bootstrap_start: float = 0.0
     """Share of the run after which coarser steps are learned: two half steps teach little before one is known."""
     bootstrap_every: int = 1
-    """Coarser steps are learned in every so-manieth step of the run: few clips at a time cost more than their share."""
+    """Coarser steps are learned in every n-th step of each batch shape: few clips at a time cost more than their
+    share."""
     single_images: float = 0.3
     """Share of clips whose frames see no other frame and no action, so that a dream can start from nothing."""
     ramp_floor: float = 0.1
@@ -70,7 +71,8 @@ class Draw:
 class ShortcutForcing:
     """``w(tau) || z1_hat - target ||^2`` with the ramp ``w``, its mean over all frames over a running root mean square.
 
-    ``frozen`` holds the tokenizer's parameters. ``steps`` is the length of the run. Evaluation dreams in ``k`` steps.
+    ``frozen`` holds the tokenizer's parameters. ``steps`` is the length of the run, ``cycle`` the number of batch
+    shapes that its steps take in turn. Evaluation dreams in ``k`` steps.
     """
 
     model: Dynamics
@@ -79,6 +81,7 @@ class ShortcutForcing:
     steps: int = 1
     k: int = 4
     horizon: Horizon = Horizon()
+    cycle: int = 1
 
     def __post_init__(self) -> None:
         c = self.model.config
@@ -101,7 +104,9 @@ class ShortcutForcing:
         z1 = self.model.pack(latents)
         clips = len(z1)
         rows = math.ceil(self.config.bootstrap_share * clips)
-        started = (step >= self.config.bootstrap_start * self.steps) & (step % self.config.bootstrap_every == 0)
+        # By cycles: counted over all steps, an interval that shares a factor with the cycle never meets some shapes.
+        due = step // self.cycle % self.config.bootstrap_every == 0
+        started = (step >= self.config.bootstrap_start * self.steps) & due
         draw = self.draw(key, z1.shape, rows, started)
         k_max, finest = self.model.config.k_max, self.model.config.step_sizes - 1
         tau = (draw.signal / k_max)[..., None, None]

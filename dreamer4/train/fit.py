@@ -33,8 +33,9 @@ from dreamer4.train.state import Objective, TrainState, init_state, make_step
 Shape = tuple[int, int]
 Split = Literal["train", "validation", "test"]
 
-# Folded into the run's key before the step, so that no two draws share a key; the loss folds the bare step.
-START, DATA = 2**31, 2**31 + 1
+# Folded into the run's key for all but the loss, which folds the bare step, so that no two draws share a key. None may
+# split the run's key itself: split(key)[i] is fold_in(key, i), the key of step i.
+START, DATA, EVALUATION = 2**31, 2**31 + 1, 2**31 + 2
 
 
 @runtime_checkable
@@ -84,6 +85,8 @@ class TrainConfig:
     fsdp: int = 1
     """Devices that share one copy of the parameters."""
     log_every: int = 50
+    """Steps between logged ones; the metrics of a logged step are those of its own batch. With ``long_every``, one that
+    shares no factor with it shows short and long batches in turn."""
     eval_every: int = 1000
     checkpoint_every: int = 1000
     """Steps between checkpoints; the best is chosen among those at which the run was evaluated too."""
@@ -142,7 +145,7 @@ def make_program(objective: Objective, source: Source, config: TrainConfig, opti
     for clips, _ in source.shapes:
         if clips % mesh.size:
             raise UserError(f"train.batch_size: {clips} clips cannot be split evenly over {mesh.size} devices")
-    tx = make_optimizer(optimizer, config.steps)
+    tx = make_optimizer(optimizer, config.steps, len(source.shapes))
     train_step = make_step(objective, tx, accumulate=config.accumulate, ema_decay=config.ema_decay)
     start = functools.partial(init_state, objective, tx, ema=config.ema_decay > 0)
     key = jax.random.key(config.seed)
@@ -259,12 +262,13 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.key = jax.random.key(self.config.seed)
+        self.evaluation_key = jax.random.fold_in(self.key, EVALUATION)
         replicated = jax.sharding.NamedSharding(self.program.mesh, jax.sharding.PartitionSpec())
         self.frozen, self.clips = jax.device_put((self.frozen, self.clips), replicated)
         self.shown = jax.tree.map(lambda x: x[: min(8, self.config.eval_clips)], self.clips)
         self.evaluate, self.pictures = jax.jit(self.objective.evaluate), jax.jit(self.objective.pictures)
         # What cannot be evaluated (frames too small for a metric, say) should say so before the training.
-        jax.eval_shape(self.evaluate, self.program.shapes.params, self.frozen, self.clips, self.key)
+        jax.eval_shape(self.evaluate, self.program.shapes.params, self.frozen, self.clips, self.evaluation_key)
         self.unread: tuple[int, dict[str, Array]] | None = None
         self.wait, self.frames, self.clock = 0.0, 0, time.perf_counter()
 
@@ -309,7 +313,7 @@ class _Loop:
             self.checkpoints.save(step, state, numbers, self.resolved, best)
 
     def evaluation(self, state: TrainState) -> dict[str, Metric]:
-        values = self.evaluate(state.best_params, self.frozen, self.clips, self.key)
+        values = self.evaluate(state.best_params, self.frozen, self.clips, self.evaluation_key)
         return {f"eval/{name}": x if x.ndim else float(x) for name, x in jax.device_get(values).items()}
 
     def read(self, evaluated: dict[str, Metric] | None = None, step: int | None = None) -> None:
@@ -333,7 +337,7 @@ class _Loop:
             self.give_up(step)
 
     def draw(self, step: int, state: TrainState, film: bool) -> None:
-        frames = self.pictures(state.best_params, self.frozen, self.shown, self.key)
+        frames = self.pictures(state.best_params, self.frozen, self.shown, self.evaluation_key)
         if jax.process_index() == 0:
             frames = np.asarray(frames)
             write_png(self.folder.samples / f"step_{step}.png", frames[-1])

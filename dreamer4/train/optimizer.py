@@ -1,6 +1,8 @@
 """Optimizers and learning-rate schedules, from optax."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,9 +20,9 @@ class OptimizerConfig:
     """AdamW, or Muon on the layers' matrices with AdamW on the rest, or Sophia; one schedule for all.
 
     Sophia (Liu et al. 2023) is of second order: the mean gradient over a running estimate of the Hessian's diagonal, no
-    element larger than 1. Every tenth step draws an estimate by a gradient of the gradient, which triples the time to
-    compile and needs a loss that can be differentiated twice. Its averages have rates of their own for ``b1`` and
-    ``b2``.
+    element larger than 1. Every tenth step (or the next number that lets all batch shapes have their turn) draws an
+    estimate by a gradient of the gradient, which triples the time to compile and needs a loss that can be
+    differentiated twice. Its averages have rates of their own for ``b1`` and ``b2``.
     """
 
     name: Literal["adamw", "muon", "sophia"] = "adamw"
@@ -41,8 +43,8 @@ class OptimizerConfig:
     clip: float | None = 1.0
     """Largest global norm of the gradient."""
     every: int = dataclasses.field(default=1, metadata=ADDED)
-    """Update at every so-manieth step, the first one included; in between parameters and averages stay as they are. The
-    schedule goes by the steps of the run all the same."""
+    """Update at every n-th step of each batch shape, the first one included; in between parameters and averages stay as
+    they are. The schedule goes by the steps of the run all the same."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "every")
@@ -80,8 +82,11 @@ def learning_rate(config: OptimizerConfig, steps: int, peak: float | None = None
     return optax.join_schedules([schedule for schedule, _ in parts], borders)
 
 
-def make_optimizer(config: Optimizers, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Optimizers, steps: int, cycle: int = 1) -> optax.GradientTransformation:
     """Clipping, the optimizer and its schedule over ``steps``. Weight decay falls on matrices only.
+
+    ``cycle`` is the number of batch shapes that the steps take in turn. What is done every n-th step is done at every
+    n-th step of each: counted over all steps, an n that shares a factor with the cycle would never meet some shapes.
 
     With a mapping each part of the parameters has all of these of its own (``by_part``).
 
@@ -89,23 +94,27 @@ def make_optimizer(config: Optimizers, steps: int) -> optax.GradientTransformati
     asks its ``update`` for ``obj_fn``, the loss as a function of the parameters, which ``make_step`` gives to all.
     """
     if isinstance(config, Mapping):
-        return by_part({name: make_optimizer(one, steps) for name, one in config.items()})
+        return by_part({name: make_optimizer(one, steps, cycle) for name, one in config.items()})
     every = config.every
     rate, adam_rate = (
-        _by_update(learning_rate(config, steps, peak), every) for peak in (None, config.adam_learning_rate)
+        _by_update(learning_rate(config, steps, peak), every, cycle) for peak in (None, config.adam_learning_rate)
     )
     if config.name == "adamw":
         core = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
     elif config.name == "sophia":
         core = optax.contrib.sophia(
-            rate, weight_decay=config.weight_decay, weight_decay_mask=_is_matrix, hessian_diagonal_fn=hessian_diagonal()
+            rate,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=_is_matrix,
+            update_interval=next(n for n in itertools.count(10) if math.gcd(n, cycle) == 1),
+            hessian_diagonal_fn=hessian_diagonal(),
         )
     else:
         muon = optax.contrib.muon(rate, weight_decay=config.weight_decay, muon_weight_dimension_numbers=_muon_axes)
         adam = optax.adamw(adam_rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
         core = optax.partition({"muon": stack_alike(muon), "adam": adam}, _muon_or_adam)
     whole = core if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), core)
-    return whole if every == 1 else optax.conditionally_mask(whole, lambda step, **_: jnp.mod(step, every) == 0)
+    return whole if every == 1 else optax.conditionally_mask(whole, lambda step, **_: step // cycle % every == 0)
 
 
 def by_part(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
@@ -176,9 +185,11 @@ def stack_alike(inner: optax.GradientTransformation) -> optax.GradientTransforma
     return optax.GradientTransformation(init, update)
 
 
-def _by_update(schedule: optax.Schedule, every: int) -> optax.Schedule:
-    """``schedule``, which goes by steps, for an optimizer that counts its updates."""
-    return schedule if every == 1 else lambda update: schedule(update * every)
+def _by_update(schedule: optax.Schedule, every: int, cycle: int) -> optax.Schedule:
+    """``schedule``, which goes by steps, for an optimizer that counts its updates: all of one cycle in ``every``."""
+    if every == 1:
+        return schedule
+    return lambda update: schedule(update // cycle * every * cycle + update % cycle)
 
 
 def _by_shape(tree: Any) -> dict[str, list[tuple[tuple, Array]]]:

@@ -229,10 +229,14 @@ def test_coarse_steps_wait_for_their_time():
     assert (drawn(ours, rows=2, started=False).step == FINEST).all()
 
 
-def test_coarse_steps_come_in_every_so_manieth_step():
-    ours = objective(Biased, bootstrap_share=0.5, bootstrap_every=3)
-    run = jax.jit(lambda step: loss(ours, {"answer": ANSWER}, SAME, step=step)[1][1]["bootstrap"] > 0)
-    assert [bool(run(step)) for step in range(6)] == [True, False, False] * 2
+@pytest.mark.parametrize("cycle", [1, 2, 4])
+@pytest.mark.parametrize("every", [2, 4])
+def test_coarse_steps_come_in_every_nth_step_of_each_batch_shape(every, cycle):
+    ours = dataclasses.replace(objective(Biased, bootstrap_share=0.5, bootstrap_every=every), cycle=cycle)
+    run = jax.jit(jax.vmap(lambda step: loss(ours, {"answer": ANSWER}, SAME, step=step)[1][1]["bootstrap"] > 0))
+    found = np.asarray(run(jnp.arange(2 * every * cycle))).reshape(-1, cycle)  # a column for each shape
+    assert found.sum(0).tolist() == [2] * cycle
+    assert (np.flatnonzero(found[:, 0]) == [0, every]).all()
 
 
 def many(ours, rows):

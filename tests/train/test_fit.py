@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import itertools
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import pytest
 from dreamer4.batch import Batch, BatchSpec, fake_batch
 from dreamer4.errors import UserError
 from dreamer4.train import fit as fit_module
-from dreamer4.train.fit import Stopped, TrainConfig, data_key, fit
+from dreamer4.train.fit import Stopped, TrainConfig, data_key, fit, make_program
 from dreamer4.train.logging import MEMORY, WALL_CLOCK
 from dreamer4.train.optimizer import OptimizerConfig, Optimizers
 from dreamer4.train.run_folder import RunFolder
@@ -138,6 +139,60 @@ def damage(folder: Path, step: int) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
+
+
+def test_what_an_optimizer_does_at_every_second_step_it_does_for_each_batch_shape():
+    config = dataclasses.replace(CONFIG, long_every=2, long_length=4)
+    source = Clips(config)
+    assert source.shapes == ((4, 2), (2, 4))
+    program = make_program(Line(), source, config, dataclasses.replace(OPTIMIZER, every=2))
+    state, batches, moved = program.init(), source.batches(0), []
+    for step in range(4):
+        before = float(state.params["w"])
+        state, _ = program.step(state, None, next(batches), jax.random.key(0), source.shapes[step % 2])
+        moved.append(float(state.params["w"]) != before)
+    assert moved == [True, True, False, False]
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyTold(Line):
+    """Tells the keys that it is given, by function and step."""
+
+    told: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    def init(self, key):
+        self.tell("init", key)
+        return super().init(key)
+
+    def loss(self, params, carry, frozen, batch: Batch, key, step):
+        jax.debug.callback(lambda step, data: self.told.update({f"step {step}": data}), step, jax.random.key_data(key))
+        return super().loss(params, carry, frozen, batch, key, step)
+
+    def evaluate(self, params, frozen, clips, key):
+        self.tell("evaluate", key)
+        return super().evaluate(params, frozen, clips, key)
+
+    def tell(self, name, key):
+        jax.debug.callback(lambda data: self.told.update({name: data}), jax.random.key_data(key))
+
+
+def test_no_key_of_a_run_is_that_of_another_use(tmp_path):
+    """Nor is what one of them is split or folded into."""
+    config = dataclasses.replace(CONFIG, steps=3, eval_every=3)
+    objective = KeyTold()
+    train(tmp_path, objective, config=config)
+    jax.effects_barrier()
+    told = objective.told | {
+        f"data {n}": jax.random.key_data(data_key(jax.random.key(config.seed), n)) for n in range(3)
+    }
+    assert len(told) == 8
+    below = {}
+    for name, data in told.items():
+        key = jax.random.wrap_key_data(jnp.asarray(data))
+        children = jnp.stack([jax.random.fold_in(key, i) for i in range(4)])
+        below[name] = {tuple(np.asarray(x)) for x in jax.random.key_data(jnp.concatenate([key[None], children]))}
+    for one, other in itertools.combinations(below, 2):
+        assert not below[one] & below[other], (one, other)
 
 
 @pytest.fixture(scope="module")

@@ -303,6 +303,29 @@ def test_an_optimizer_of_every_third_step_rests_in_between_and_keeps_to_the_sche
             assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (inner[n], inner[n - 1])), strict=True))
 
 
+@pytest.mark.parametrize("cycle", [1, 2, 4])
+@pytest.mark.parametrize("every", [2, 4])
+def test_an_optimizer_of_every_nth_step_meets_each_batch_shape_and_keeps_to_the_schedule(every, cycle):
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule="linear", warmup_steps=4, final_fraction=0.0, weight_decay=0.0, every=every
+    )
+    grads, params, steps = {"kernel": jnp.array([[0.5]])}, {"kernel": jnp.ones((1, 1))}, 2 * every * cycle
+    optimizer = make_optimizer(config, steps, cycle)
+
+    @jit
+    def run(params):
+        def step(state, _):
+            update, state = optimizer.update(grads, state, params)
+            return state, -update["kernel"][0, 0]
+
+        return jax.lax.scan(step, optimizer.init(params), length=steps)[1]
+
+    moved, rate = np.asarray(run(params)), np.asarray([learning_rate(config, steps)(n) for n in range(steps)])
+    due = np.arange(steps) // cycle % every == 0
+    assert due.reshape(-1, cycle).sum(0).tolist() == [2] * cycle  # each shape in turn
+    np.testing.assert_allclose(moved, np.where(due, rate, 0), atol=1e-4)
+
+
 def test_a_field_added_later_leaves_what_was_there_as_it_was():
     plain, rare = OptimizerConfig(), OptimizerConfig(every=2)
     assert "every" not in to_json(plain)
@@ -375,6 +398,25 @@ class Darken:
 
     def pictures(self, params, frozen, clips, key):
         raise NotImplementedError
+
+
+@pytest.mark.parametrize("cycle", [1, 2, 4, 5])
+def test_sophia_estimates_on_each_batch_shape(cycle):
+    config = OptimizerConfig(name="sophia", schedule="constant", warmup_steps=0)
+    optimizer = optax.with_extra_args_support(make_optimizer(config, 100, cycle))
+    params = {"kernel": jnp.ones((1, 1))}
+
+    @jit
+    def run(params):
+        def step(state, _):
+            _, state = optimizer.update(params, state, params, obj_fn=lambda p: jnp.sum(jnp.square(p["kernel"])))
+            return state, hessian_of(state)["kernel"][0, 0]
+
+        return jax.lax.scan(step, optimizer.init(params), length=60)[1]
+
+    estimated = np.flatnonzero(np.diff(np.asarray(run(params)), prepend=0))
+    assert 5 <= len(estimated) <= 6
+    assert set(estimated % cycle) == set(range(cycle))
 
 
 @pytest.mark.slow
