@@ -174,6 +174,11 @@ class Dynamics(nn.Module):
         z1 = (latents.astype(jnp.float32) - c.latent_mean) * c.latent_scale
         return z1.reshape(*latents.shape[:2], c.spatial, self.channels)
 
+    def bound(self, z1: Float[Array, "*lead"]) -> Float[Array, "*lead"]:
+        """z1 within what ``pack`` makes of the tokenizer's bounds of -1 and 1, which the decoder sees."""
+        c = self.config
+        return jnp.clip(z1, (-1 - c.latent_mean) * c.latent_scale, (1 - c.latent_mean) * c.latent_scale)
+
     def unpack(self, z1: Float[Array, "B T Sz Dz"]) -> Float[Array, "B T L Db"]:
         """The inverse of ``pack``, within the tokenizer's bounds of -1 and 1."""
         latents = z1 / self.config.latent_scale + self.config.latent_mean

@@ -130,6 +130,7 @@ class Generator:
 
             key, noise_key = jax.random.split(key)
             z = denoise(predict, jax.random.normal(noise_key, (batch, 1, *past.shape[2:]))[:, 0], self.steps, c.k_max)
+            z = self.dynamics.bound(z)
             corrupted, key = self.corrupt(z[:, None], key)
             return (past.at[:, t].set(corrupted[:, 0]), key), z
 
@@ -155,7 +156,8 @@ class Generator:
             self.steps,
             self.dynamics.config.k_max,
         )
-        return self.commit(params, dataclasses.replace(state, key=key), z1, actions, known)
+        # What is remembered is what is shown: beyond the tokenizer's bounds the decoder would see another frame.
+        return self.commit(params, dataclasses.replace(state, key=key), self.dynamics.bound(z1), actions, known)
 
     def commit(
         self,

@@ -90,6 +90,14 @@ def test_cached_equals_uncached(params, context):
     assert np.abs(found[:, 1:] - found[:, :-1]).max() > 0.1
 
 
+def test_what_is_remembered_is_what_is_shown(params, state):
+    """The decoder sees latents within the tokenizer's bounds, and so does whatever is dreamt next."""
+    found = np.asarray(rollout_latents(params, state, between(2))[1])
+    np.testing.assert_allclose(found, GENERATOR.dynamics.pack(GENERATOR.dynamics.unpack(found)), atol=1e-6)
+    at_the_bound = np.abs(found) == 1
+    assert 0 < at_the_bound.mean() < 1  # the prediction went further
+
+
 def test_a_rollout_is_a_loop_of_steps(params, state):
     expected, video = rollout(params, state, between(2))
     found, frames = state, []
