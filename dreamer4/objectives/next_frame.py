@@ -27,6 +27,7 @@ from dreamer4.rollout.evaluation import Horizon, film, pooled_psnr, score
 from dreamer4.rollout.predict import Predictor
 
 Perceptual = Callable[[PyTree, Array, Array], Float[Array, " B"]]
+JUDGE = 2**31  # folded into the key of a start: small numbers are what the model's own start splits it into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class NextFramePrediction:
         params = init_next_frame(self.model, key)
         if self.discriminator is None:
             return params, {}
-        judged = init_discriminator(self.discriminator, jax.random.fold_in(key, 1))
+        judged = init_discriminator(self.discriminator, jax.random.fold_in(key, JUDGE))
         return {"generator": params, "discriminator": judged}, {}
 
     def loss(

@@ -134,6 +134,17 @@ def test_without_a_discriminator_nothing_of_it_is_there():
     jax.tree.map(np.testing.assert_array_equal, after.params, plain.params)
 
 
+def test_the_judge_starts_from_a_key_of_its_own(monkeypatch):
+    """Not from one of those that the start of the model splits its key into."""
+    keys = []
+    for name in ("init_next_frame", "init_discriminator"):
+        monkeypatch.setattr(f"dreamer4.objectives.next_frame.{name}", lambda model, key: keys.append(key) or {})
+    objective(discriminator=Discriminator(DiscriminatorConfig(), MODEL.actions, SIZE, SIZE)).init(KEY)
+    model, judge = keys
+    splits = jax.random.key_data(jnp.stack([model, *jax.random.split(model, 4)]))
+    assert not (splits == jax.random.key_data(judge)).all(-1).any()
+
+
 @pytest.fixture(scope="module")
 def duel():
     """Gradients of the loss with a discriminator, of its parts, and states after a step of it."""
