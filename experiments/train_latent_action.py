@@ -83,7 +83,7 @@ DEBUG = dataclasses.replace(
         eval_every=10,
         checkpoint_every=5,
         eval_clips=4,
-        eval_length=4,
+        eval_length=3,
     ),
 )
 """``uv run experiments/train_latent_action.py debug``: seconds on two cores, most of it compilation; it learns nothing
@@ -146,7 +146,8 @@ TINYWORLDS = dataclasses.replace(
         fsq=FSQConfig((2, 2), rounding="symmetric"),
     ),
     optimizer=dataclasses.replace(TOY.optimizer, learning_rate=5e-3, adam_learning_rate=1.5e-3),
-    train=dataclasses.replace(TOY.train, steps=5000),
+    # The decoder looks back over the clip, so that it is evaluated at the ages that training shows.
+    train=dataclasses.replace(TOY.train, steps=5000, eval_clips=128, eval_length=3),
 )
 """``uv run experiments/train_latent_action.py tinyworlds --data data/tinyworlds`` (2,000 recorded clips): 27.2 dB on
 held-out clips after 5 min 58 s on two cores (EPYC), 7.0 dB above other clips' codes. At twice the rate and in 3,000

@@ -94,7 +94,10 @@ DEBUG = dataclasses.replace(
     run=RunOptions(Path("runs/tokenizer_debug")),
     toy=ToyConfig(height=16, width=16, max_side=8),
     tokenizer=TokenizerConfig(
-        patch=8, latents=4, bottleneck=8, transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2)
+        patch=8,
+        latents=4,
+        bottleneck=8,
+        transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2, context=2),
     ),
     train=TrainConfig(
         steps=20,
@@ -191,7 +194,7 @@ TINYWORLDS_DEBUG = dataclasses.replace(
     video_tokenizer=VideoTokenizerConfig(
         patch=8,
         fsq=FSQConfig((4, 4), rounding="symmetric"),
-        transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2),
+        transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2, context=2),
     ),
     train=DEBUG.train,
 )
