@@ -159,9 +159,10 @@ class StoreSource:
     def corpus(self, count: int, time: int, batch: int = 64) -> Iterator[Batch]:
         """The episodes that training reads, cut into windows of ``time`` frames, in pieces of ``batch`` windows.
 
-        Windows follow each other without a gap; an episode's last one ends with it, over frames of the one before where
-        the length asks for it. Episodes shorter than a window are left out. Where there are more than ``count``
-        windows, ``count`` spread evenly over them. The last piece may be smaller.
+        Each window begins with the last frame of the one before, so that every transition lies in one; an episode's
+        last window ends with it, over more frames of the one before if the length asks for it. Episodes shorter than a
+        window are left out. If there are more than ``count`` windows, ``count`` spread evenly over them are taken. The
+        last piece may be smaller.
         """
         starts = np.concatenate([_consecutive(e, time) for e in self._episodes(self._split, time)])
         if len(starts) > count:
@@ -210,6 +211,6 @@ class StoreSource:
 
 
 def _consecutive(episode: EpisodeEntry, time: int) -> list[int]:
-    """The first rows of windows that cover an episode, the last one aligned to its end."""
+    """The first rows of windows that cover an episode and all its transitions, the last one aligned to its end."""
     last = episode.start + episode.length - time
-    return [*range(episode.start, last, time), last]
+    return [*range(episode.start, last, max(time - 1, 1)), last]

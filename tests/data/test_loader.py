@@ -140,7 +140,7 @@ def test_clips_are_held_out_and_always_the_same(path):
 
 
 @pytest.mark.parametrize("time", [1, 4, 9])
-def test_the_corpus_covers_every_training_episode_and_crosses_no_end(path, time):
+def test_the_corpus_holds_every_transition_of_every_training_episode_and_crosses_no_end(path, time):
     episodes = [e for e in train_episodes(path) if e.length >= time]
     pieces = list(StoreSource(path, SHAPES, seed=0).corpus(1000, time, batch=8))
     assert all(len(piece.video) == 8 for piece in pieces[:-1])
@@ -149,11 +149,12 @@ def test_the_corpus_covers_every_training_episode_and_crosses_no_end(path, time)
     assert (np.diff(windows) == 1).all()
     for e in episodes:
         inside = windows[(windows[:, 0] >= e.start) & (windows[:, 0] < e.start + e.length)]
-        rows, counts = np.unique(inside, return_counts=True)
-        np.testing.assert_array_equal(rows, np.arange(e.start, e.start + e.length))
-        assert len(inside) == -(-e.length // time)
-        assert (counts == 1).all() or e.length % time
-    assert len(windows) == sum(-(-e.length // time) for e in episodes)
+        np.testing.assert_array_equal(np.unique(inside), np.arange(e.start, e.start + e.length))
+        led_to, counts = np.unique(inside[:, 1:], return_counts=True)
+        if time > 1:
+            np.testing.assert_array_equal(led_to, np.arange(e.start + 1, e.start + e.length))
+            assert (counts == 1).all() or (e.length - 1) % (time - 1)
+    assert len(windows) == sum(-(-(e.length - (time > 1)) // max(time - 1, 1)) for e in episodes)
 
 
 def test_a_corpus_of_fewer_windows_is_spread_over_all(path):
