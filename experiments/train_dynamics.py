@@ -9,10 +9,12 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import train_tokenizer
 import tyro
+from kept_corpus import FOLDER as CORPUS
+from kept_corpus import KeptCorpus, key_of
 
 from dreamer4.batch import Batch, BatchSpec, space_to_json
 from dreamer4.config import at_least, to_json
@@ -30,7 +32,7 @@ from dreamer4.rollout.denoise import check_steps
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.rollout.generate import encode
 from dreamer4.runs import TrainedTokenizer, load_tokenizer
-from dreamer4.train.checkpoint import adopt, find
+from dreamer4.train.checkpoint import Identity, adopt, find
 from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
 from dreamer4.train.fit import Source, TrainConfig, make_program
 from dreamer4.train.optimizer import OptimizerConfig
@@ -210,7 +212,8 @@ REFERENCE = Config(
         agents=1,
         transformer=TransformerConfig(d_model=128, depth=8, heads=4, mlp_ratio=8 / 3, context=192),
     ),
-    train=TrainConfig(eval_length=24),
+    horizon=Horizon(8, 8),
+    train=TrainConfig(eval_length=16),
 )
 """``uv run experiments/benchmark.py dynamics`` and ``generate`` measure it. Not tuned for quality."""
 
@@ -279,6 +282,13 @@ def make_objective(config: Config, tokenizer: Tokenizer, spec: BatchSpec) -> Sho
     )
 
 
+def corpus_key(config: Config, source: ToySource | StoreSource, tokenizer: Identity | None) -> dict[str, Any]:
+    """What the encoded corpus follows from, as JSON (``KeptCorpus``)."""
+    chosen = {"count": config.corpus or MEASURED_CLIPS, "time": max(time for _, time in config.train.shapes)}
+    chosen |= {"actions": config.actions, "label_fraction": config.label_fraction, "seed": config.train.seed}
+    return key_of(source, config.data, config.toy, tokenizer, **chosen)
+
+
 def measure(config: Config, corpus: Batch) -> DynamicsConfig:
     """The dynamics' configuration with the latents' mean and scale as measured on ``corpus``, to four digits."""
     if config.latent_deviation is None:
@@ -297,13 +307,16 @@ def make_encode(tokenizer: TrainedTokenizer) -> Encode:
     return functools.partial(jitted, jax.device_put(tokenizer.params))
 
 
-def encode_data(config: Config, source: ToySource | StoreSource, tokenizer: TrainedTokenizer) -> tuple[Config, Source]:
-    """The configuration with the latents as measured, and where batches come from: the corpus, encoded now, or the
-    data as it is."""
+def encode_data(
+    config: Config, source: ToySource | StoreSource, tokenizer: TrainedTokenizer, kept: KeptCorpus
+) -> tuple[Config, Source]:
+    """The configuration with the latents as measured, and where batches come from: the corpus, ``kept`` or encoded now,
+    or the data as it is."""
     if not config.corpus and config.latent_deviation is None:
         return config, source
     longest = max(time for _, time in config.train.shapes)
-    corpus = encode_corpus(source, make_encode(tokenizer), config.corpus or MEASURED_CLIPS, longest)
+    count = config.corpus or MEASURED_CLIPS
+    corpus = kept.get(lambda: encode_corpus(source, make_encode(tokenizer), count, longest))
     config = dataclasses.replace(config, dynamics=measure(config, corpus))
     if not config.corpus:
         return config, source
@@ -360,15 +373,22 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer(run_of_tokenizer)
     check_frames(tokenizer.model, source.spec, run_of_tokenizer)
     make_objective(config, tokenizer.model, source.spec)  # what does not fit should say so before the encoding
-    config, feed = encode_data(config, source, tokenizer)
-    objective = make_objective(config, tokenizer.model, source.spec)
     origin = find(run_of_tokenizer, "best")
+    kept = KeptCorpus(config.run.run_dir / CORPUS, corpus_key(config, source, origin))
+    config, feed = encode_data(config, source, tokenizer, kept)
+    objective = make_objective(config, tokenizer.model, source.spec)
     resolved = to_json(dataclasses.replace(config, run=None))
     resolved |= {"tokenizer": to_json(tokenizer.model.config), "tokenizer_checkpoint": to_json(origin)}
     resolved |= {"actions": space_to_json(source.spec.actions), "frame": tokenizer.config["frame"]}
     if isinstance(source, StoreSource) and source.latents:
         resolved |= {"latent_actions": to_json(source.latents.record)}
     copy = config.run.run_dir / "tokenizer"
+
+    def prepare() -> None:
+        if run_of_tokenizer.resolve() != copy.resolve():
+            adopt(run_of_tokenizer, copy)
+        kept.keep()
+
     train_in(
         config.run,
         resolved,
@@ -377,7 +397,7 @@ def train(config: Config) -> None:
         config.train,
         config.optimizer,
         frozen=tokenizer.params,
-        prepare=lambda: adopt(run_of_tokenizer, copy) if run_of_tokenizer.resolve() != copy.resolve() else None,
+        prepare=prepare,
     )
 
 

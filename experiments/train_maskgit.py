@@ -9,10 +9,12 @@ run's folder then holds ``metrics.jsonl``, ``checkpoints/``, ``tokenizer/`` (a c
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import train_tokenizer
 import tyro
+from kept_corpus import FOLDER as CORPUS
+from kept_corpus import KeptCorpus, key_of
 from train_dynamics import check_frames
 
 from dreamer4.batch import BatchSpec, space_to_json
@@ -30,7 +32,7 @@ from dreamer4.nn.transformer import TransformerConfig
 from dreamer4.objectives.maskgit import MaskedTokens, MaskedTokensConfig, Sampling
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.runs import TrainedVideoTokenizer, load_video_tokenizer
-from dreamer4.train.checkpoint import adopt, find
+from dreamer4.train.checkpoint import Identity, adopt, find
 from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
 from dreamer4.train.fit import Source, TrainConfig, make_program
 from dreamer4.train.optimizer import OptimizerConfig
@@ -71,7 +73,7 @@ class Config:
 
 
 TOY = Config(
-    corpus=6000,
+    corpus=9000,  # as many windows as hold every transition of the 2,000 clips that train_tinyworlds.py records
     maskgit=MaskGITConfig(
         start="structured",
         transformer=TransformerConfig(
@@ -137,7 +139,7 @@ DEBUG = dataclasses.replace(
     toy=train_tokenizer.TINYWORLDS_DEBUG.toy,
     corpus=8,
     maskgit=MaskGITConfig(
-        transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2, context=6, condition="film")
+        transformer=TransformerConfig(d_model=16, depth=2, heads=2, time_every=2, context=4, condition="film")
     ),
     sampling=Sampling(steps=2),
     horizon=Horizon(2, 4),
@@ -196,15 +198,23 @@ def make_objective(config: Config, tokenizer: VideoTokenizer, spec: BatchSpec) -
     return MaskedTokens(model, tokenizer, config.masking, config.sampling, config.horizon)
 
 
-def encode_data(config: Config, source: ToySource | StoreSource, tokenizer: TrainedVideoTokenizer) -> Source:
-    """Where batches come from: the corpus, encoded now, or the data as it is."""
+def encode_data(
+    config: Config, source: ToySource | StoreSource, tokenizer: TrainedVideoTokenizer, kept: KeptCorpus
+) -> Source:
+    """Where batches come from: the corpus, ``kept`` or encoded now, or the data as it is."""
     if not config.corpus:
         return source
-    params = jax.device_put(tokenizer.params)
-    jitted = jax.jit(functools.partial(_codes, tokenizer.model))
+    encode = functools.partial(jax.jit(functools.partial(_codes, tokenizer.model)), jax.device_put(tokenizer.params))
     longest = max(time for _, time in config.train.shapes)
-    corpus = encode_corpus(source, functools.partial(jitted, params), config.corpus, longest)
+    corpus = kept.get(lambda: encode_corpus(source, encode, config.corpus, longest))
     return LatentSource(source, corpus, config.train.shapes, config.train.seed)
+
+
+def corpus_key(config: Config, source: ToySource | StoreSource, tokenizer: Identity | None) -> dict[str, Any]:
+    """What the encoded corpus follows from, as JSON (``KeptCorpus``)."""
+    chosen = {"count": config.corpus, "time": max(time for _, time in config.train.shapes)}
+    chosen |= {"actions": config.actions, "label_fraction": config.label_fraction, "seed": config.train.seed}
+    return key_of(source, config.data, config.toy, tokenizer, **chosen)
 
 
 def _codes(model: VideoTokenizer, params: PyTree, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B T N D"]:
@@ -248,20 +258,27 @@ def train(config: Config) -> None:
     check_tokenizer(config, tokenizer, source.spec, origin)
     objective = make_objective(config, tokenizer.model, source.spec)
     resolved = to_json(dataclasses.replace(config, run=None))
-    resolved |= {"tokenizer_checkpoint": to_json(find(origin, "best")), "tokenizer": to_json(tokenizer.model.config)}
+    checkpoint = find(origin, "best")
+    kept = KeptCorpus(config.run.run_dir / CORPUS, corpus_key(config, source, checkpoint))
+    resolved |= {"tokenizer_checkpoint": to_json(checkpoint), "tokenizer": to_json(tokenizer.model.config)}
     resolved |= {"actions": space_to_json(source.spec.actions), "frame": tokenizer.config["frame"]}
     if isinstance(source, StoreSource) and source.latents:
         resolved |= {"latent_actions": to_json(source.latents.record)}
+
+    def prepare() -> None:
+        if origin.resolve() != copy.resolve():
+            adopt(origin, copy)
+        kept.keep()
 
     train_in(
         config.run,
         resolved,
         objective,
-        encode_data(config, source, tokenizer),
+        encode_data(config, source, tokenizer, kept),
         config.train,
         config.optimizer,
         frozen=tokenizer.params,
-        prepare=lambda: adopt(origin, copy) if origin.resolve() != copy.resolve() else None,
+        prepare=prepare,
     )
 
 

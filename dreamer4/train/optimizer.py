@@ -114,7 +114,11 @@ def make_optimizer(config: Optimizers, steps: int, cycle: int = 1) -> optax.Grad
         adam = optax.adamw(adam_rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_matrix)
         core = optax.partition({"muon": stack_alike(muon), "adam": adam}, _muon_or_adam)
     whole = core if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), core)
-    return whole if every == 1 else optax.conditionally_mask(whole, lambda step, **_: step // cycle % every == 0)
+    return (
+        whole
+        if every == 1
+        else optax.conditionally_mask(whole, lambda step, **_: jnp.asarray(step) // cycle % every == 0)
+    )
 
 
 def by_part(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
@@ -187,9 +191,11 @@ def stack_alike(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 def _by_update(schedule: optax.Schedule, every: int, cycle: int) -> optax.Schedule:
     """``schedule``, which goes by steps, for an optimizer that counts its updates: all of one cycle in ``every``."""
-    if every == 1:
-        return schedule
-    return lambda update: schedule(update // cycle * every * cycle + update % cycle)
+
+    def by_update(update: Any) -> Any:
+        return schedule(update // cycle * every * cycle + update % cycle)
+
+    return schedule if every == 1 else by_update
 
 
 def _by_shape(tree: Any) -> dict[str, list[tuple[tuple, Array]]]:
