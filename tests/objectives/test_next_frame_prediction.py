@@ -139,7 +139,7 @@ def test_the_judge_starts_from_a_key_of_its_own(monkeypatch):
     keys = []
     for name in ("init_next_frame", "init_discriminator"):
         monkeypatch.setattr(f"dreamer4.objectives.next_frame.{name}", lambda model, key: keys.append(key) or {})
-    objective(discriminator=Discriminator(DiscriminatorConfig(), MODEL.actions, SIZE, SIZE)).init(KEY)
+    objective(discriminator=JUDGE).init(KEY)
     model, judge = keys
     splits = jax.random.key_data(jnp.stack([model, *jax.random.split(model, 4)]))
     assert not (splits == jax.random.key_data(judge)).all(-1).any()
