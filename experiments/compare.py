@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from dream_clips import begin, held_out, play, roller, scorer
+from dream_clips import begin, held_out, own_data, play, roller, scorer
 from rich.console import Console
 from rich.table import Table
 from score_tables import POSITION_STEP, finite, make_table, name_of, tabulate
@@ -83,7 +83,7 @@ def compare(options: Options) -> None:
         if loaded and not np.array_equal(loaded[0][1].video, clips.video):
             raise UserError(f"runs: {run} and {options.runs[0]} were not asked for the same clips, give one --data")
         loaded.append((trained, clips))
-        data = data or (None if trained.config["data"] is None else Path(trained.config["data"]))
+        data = data or own_data(trained, run)
     rows, dreams = {}, []
     for run, (trained, clips) in zip(options.runs, loaded, strict=True):
         print(f"dreaming with {run}", flush=True)

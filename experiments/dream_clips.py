@@ -28,15 +28,11 @@ TIMINGS = 5  # of which the fastest counts: the others were disturbed
 def held_out(trained: Trained, run: Path, data: Path | None, split: Split, count: int, horizon: Horizon) -> Batch:
     """The clips to continue, from ``data`` or else from what the run was trained on, which may be its toy world."""
     config, shapes = trained.config, ((1, horizon.end),)
-    found = data or config["data"]
+    found = data or own_data(trained, run)
     if found is None:
         source = ToySource(from_json(ToyConfig, config["toy"], f"{run}: toy"), shapes, config["train"]["seed"])
-    elif data is None and not (Path(found).exists() or (run / "data").exists()):
-        raise UserError(f"{run}: its data set {found} is not there")
     else:
         choice = choice_of(trained.model.actions)
-        made = run / "data"  # of a recording, which the run was trained on
-        found = made if data is None and made.exists() else found
         source = StoreSource(found, shapes, config["train"]["seed"], split, actions=choice)
         check_latents(source, config, run)
     check_data(source.spec, frame_of(trained), trained.model.actions, run)
@@ -44,6 +40,17 @@ def held_out(trained: Trained, run: Path, data: Path | None, split: Split, count
     if unlabelled := int(np.sum(~np.asarray(clips.labelled))):
         raise UserError(f"data: {unlabelled} of {count} clips have no actions, which a dream is to follow")
     return clips
+
+
+def own_data(trained: Trained, run: Path) -> Path | None:
+    """The data set that the run was trained on, which may lie in its folder, made of a recording; None for the toy
+    world. A ``UserError`` if it is not there."""
+    made, named = run / "data", trained.config["data"]
+    if named is None or made.exists():
+        return None if named is None else made
+    if not Path(named).exists():
+        raise UserError(f"{run}: its data set {named} is not there")
+    return Path(named)
 
 
 def check_latents(source: StoreSource, config: dict[str, Any], run: Path) -> None:
