@@ -236,12 +236,18 @@ def dry_run(config: Config) -> None:
     frozen = jax.eval_shape(functools.partial(init_video_tokenizer, tokenizer), jax.random.key(0))
     program = make_program(objective, source, config.train, config.optimizer)
     clips, frames = config.train.shapes[0]
-    flops = 3 * clips * frames * maskgit_flops(objective.model, frames)
+    flops = step_flops(objective, (clips, frames))
     counts = [parameter_count(x) / 1e6 for x in (program.shapes.params, frozen)]
     print("parameters   {:,.2f} M, and {:,.2f} M of the tokenizer".format(*counts))
     print(f"memory       {tree_bytes(program.shapes) / 2**20:,.1f} MiB of state, activations not counted")
     print(f"FLOPs        {flops / 1e9:,.1f} G per step of {clips} x {frames} frames, encoding not counted")
     print(f"codes        {objective.model.tokens} of {tokenizer.code_count:,} a frame")
+
+
+def step_flops(objective: MaskedTokens, shape: tuple[int, int]) -> int:
+    """Floating point operations of a training step on (clips, frames) of codes: forward and backward."""
+    clips, frames = shape
+    return 3 * clips * frames * maskgit_flops(objective.model, frames, objective.config.drafts)
 
 
 def train(config: Config) -> None:

@@ -154,8 +154,9 @@ def structured_start(model: MaskGIT, params: dict) -> dict:
     return params | {"places": places, "transformer": look_back(c, aligned_start(params["transformer"]))}
 
 
-def maskgit_flops(model: MaskGIT, frames: int) -> int:
-    """Floating point operations per frame of one forward pass over clips of ``frames``."""
-    c = model.config.transformer
+def maskgit_flops(model: MaskGIT, frames: int, drafts: bool = False) -> int:
+    """Floating point operations per frame of one forward pass over clips of ``frames``; with ``drafts`` each of them
+    goes through the transformer twice, in a clip of twice the length."""
+    c, versions = model.config.transformer, 1 + drafts
     maps = 2 * model.tokens * (len(model.fsq.levels) + sum(model.heads)) * c.d_model
-    return transformer_flops(c, model.layout, frames) + maps
+    return versions * transformer_flops(c, model.layout, versions * frames) + maps

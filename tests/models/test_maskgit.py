@@ -202,8 +202,9 @@ def multiplied(jaxpr):
     return total
 
 
-def test_flops_are_those_of_the_program():
+@pytest.mark.parametrize("drafts", [False, True])
+def test_flops_are_those_of_the_program(drafts):
     model = dataclasses.replace(MODEL, actions=ACTIONS[:1])
     params = jax.eval_shape(functools.partial(init_maskgit, model), jax.random.key(0))
-    program = jax.make_jaxpr(functools.partial(apply, model))(params, inputs())
-    assert maskgit_flops(model, TIME) * BATCH * TIME == multiplied(program.jaxpr)
+    program = jax.make_jaxpr(lambda p, x: apply(model, p, x | {"drafts": drafts}))(params, inputs())
+    assert maskgit_flops(model, TIME, drafts) * BATCH * TIME == multiplied(program.jaxpr)
