@@ -196,7 +196,9 @@ def test_a_step_without_a_label_does_not_feel_its_action(params, state):
     assert changed[1] == 0
 
 
-Z1 = jnp.tanh(jnp.asarray(np.random.default_rng(4).normal(size=(BATCH, 1, 32, 64)), jnp.float32))  # within the tokenizer's bounds
+Z1 = jnp.tanh(
+    jnp.asarray(np.random.default_rng(4).normal(size=(BATCH, 1, 32, 64)), jnp.float32)
+)  # within the tokenizer's bounds
 
 
 class Spy(Generator):
