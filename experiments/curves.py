@@ -29,7 +29,8 @@ class Options:
 
 def draw_curves(path: Path, report: dict[str, Any]) -> None:
     """A PNG of ``report`` (``evaluation.json``): PSNR and, where it is known, position error at each step of the
-    horizon, for each K, beside the last frame repeated, another clip's actions and the tokenizer where there is one."""
+    horizon, for each K, beside the last frame repeated, another clip's actions and the tokenizer where there is one;
+    and of the dream on longer clips if there is one. A line marks where the longest training clip would end."""
     from matplotlib import colormaps  # an extra
     from matplotlib.figure import Figure
 
@@ -42,12 +43,19 @@ def draw_curves(path: Path, report: dict[str, Any]) -> None:
     ]
     if "tokenizer" in report:
         lines.append(("tokenizer", report["tokenizer"]["steps"], {"color": "black", "linestyle": ":"}))
+    further, context = report.get("beyond"), report["options"]["context"]
+    if further is not None and further["horizon"] != report["options"]["horizon"]:
+        style = {"color": "tab:purple", "linestyle": "-."}
+        lines.append((f"{label(further['k'])}, longer clips", further["steps"]["dream"], style))
     shown = [name for name in PANELS if name in report["copy"]["steps"]]
     figure = Figure((SIZE[0] * len(shown) + 2, SIZE[1]), dpi=150, layout="constrained")
     for metric, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
         for name, steps, style in lines:
             values = np.array(steps[metric], float)  # what is missing (null) leaves a gap
             axes.plot(np.arange(1, len(values) + 1), values, label=name, marker=".", **style)
+        if further is not None:
+            end = further["trained_frames"] - context + 0.5
+            axes.axvline(max(end, 0.5), color="0.3", linewidth=0.8, label="end of the longest training clip")
         axes.set_xlabel("frames since the last real one")
         axes.set_ylabel(PANELS[metric])
         axes.grid(alpha=0.3)

@@ -22,6 +22,7 @@ import jax  # (after dreamer4, which says how much XLA prints)
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+SHOWN_KEYS = 2**31  # folded into the key of shown clips: small numbers are what ``score`` splits its key into
 TIMINGS = 5  # of which the fastest counts: the others were disturbed
 
 
@@ -97,7 +98,7 @@ def begin(
             params,
             clips.video[row, context],
             {name: a[row, context] for name, a in clips.action.items()},
-            jax.random.fold_in(key, i),
+            jax.random.fold_in(jax.random.fold_in(key, SHOWN_KEYS), i),
         )
         for i, row in enumerate(rows)
     ]

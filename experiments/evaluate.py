@@ -3,8 +3,8 @@
 Held-out clips are continued from their first frames, with each number K of steps a frame (of denoising, or of setting
 masked codes). The figures go to the terminal and, step by step of the horizon, to ``evaluation.json``; ``dream.gif``
 shows clips in columns (the truth, the dream, the difference), and ``curves.png`` how the figures change with the
-horizon. ``--codes 2 2 0`` adds ``codes.gif``, in which these actions are followed. A run of latent actions gets the
-report of ``report_latent_actions.py``.
+horizon, and where it leaves the frames that training showed. ``--codes 2 2 0`` adds ``codes.gif``, in which these
+actions are followed. A run of latent actions gets the report of ``report_latent_actions.py``.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import report_latent_actions
 import tyro
+from beyond import beyond, dream_on, told, trained_frames
 from curves import draw_curves
 from dream_clips import begin, held_out, play, roller, scorer
 from rich.console import Console
@@ -59,6 +60,9 @@ class Options:
     """Real frames that a dream starts from."""
     horizon: int = 16
     """Frames that it adds."""
+    beyond: int = 16
+    """If the horizon ends within the longest clip of training, frames past that clip to dream beside it, on longer
+    clips; 0 leaves them out."""
     k: tuple[int, ...] = ()
     """Steps a frame; where none are given 1, 2, 4 and the most that the run was trained for. A model of pixels takes
     none."""
@@ -77,6 +81,7 @@ class Options:
     def __post_init__(self) -> None:
         at_least(2, self, "clips")  # each is dreamt under another's actions too
         at_least(1, self, "batch_size")
+        at_least(0, self, "beyond")
 
 
 def evaluate(options: Options) -> None:
@@ -121,6 +126,12 @@ def evaluate(options: Options) -> None:
     }
     report = settings | tabulate(scores, rates)
     Console().print(table(report))
+    if (window := trained_frames(trained, options.run)) is not None:
+        take = functools.partial(held_out, trained, options.run, options.data, options.split, options.clips)
+        dream = functools.partial(dream_on, make(film_k), params, key=key, group=options.batch_size)
+        if (further := beyond(scores[film_k], film_k, horizon, window, take, options.beyond, dream)) is not None:
+            report |= {"beyond": further}
+            print(told(further))
     if (control := steer(make(film_k), params, clips, horizon, key, options.batch_size)) is not None:
         report |= {"control": control}
         print(f"NMI of the code held for {HELD} frames and where the dreamt square went: {control['nmi']:.2f}")

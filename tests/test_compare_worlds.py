@@ -7,10 +7,13 @@ import shutil
 from types import SimpleNamespace
 
 import imageio.v3 as imageio
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
 
+from dreamer4.batch import BatchSpec, fake_batch
 from dreamer4.data.loader import StoreSource
 from dreamer4.errors import UserError
 from noise_runs import noise_run
@@ -151,6 +154,19 @@ def test_what_a_world_scores_is_told_with_its_size_and_its_steps(scripts, record
     assert "k" not in figures  # a frame takes no steps
     assert "reconstruction" not in figures  # and no tokenizer
     assert figures["parameters"] * 1e6 == sum(x.size for x in _leaves(trained.params))
+
+
+def test_clips_that_are_shown_do_not_dream_with_the_keys_of_those_that_are_scored(scripts):
+    class Spy:
+        @staticmethod
+        def init(params, frames, actions, key):
+            return jax.random.key_data(key)
+
+    key, clips = jax.random.key(0), fake_batch(BatchSpec(3, 2, 1, 1))
+    shown = scripts.dream_clips.begin(Spy, {}, clips, scripts.compare.Horizon(1, 1), key, shown=3)
+    scored = jax.random.key_data(jnp.stack([key, *jax.random.split(key, 4)]))
+    keys = np.stack([*shown, *scored])
+    assert len(np.unique(keys, axis=0)) == len(keys)
 
 
 def _leaves(tree):

@@ -69,7 +69,7 @@ def evaluated(evaluate, run):
     with pytest.MonkeyPatch.context() as patch:
         printed = []
         patch.setattr("builtins.print", lambda *x, **_: printed.append(" ".join(map(str, x))))
-        evaluate("--run", run, "--k", *K, *QUICK)
+        evaluate("--run", run, "--k", *K, *QUICK, "--beyond", 0)  # which the slow test of the command has
     return SimpleNamespace(out=out, report=json.loads((out / "evaluation.json").read_text()), printed=printed)
 
 
