@@ -10,7 +10,7 @@ import pytest
 from dreamer4.batch import BatchSpec, fake_batch
 from dreamer4.models.latent_action import LatentActionConfig, PairConfig, infer
 from dreamer4.models.sequence_latent_action import SequenceConfig
-from dreamer4.nn.quantizers import FSQConfig, VQConfig
+from dreamer4.nn.quantizers import FSQConfig, Quantized, VQConfig
 from dreamer4.nn.transformer import TransformerConfig
 from dreamer4.objectives import latent_action
 from dreamer4.objectives.latent_action import LatentActionLearning, LatentActionWeights, dilate
@@ -212,3 +212,60 @@ def test_the_model_of_clips_is_trained_by_the_same_loss():
     assert float(value) == pytest.approx(1, abs=1e-3)  # the scaled squared error at the first step
     assert float(varied) > float(value) + 1e-3
     assert np.isfinite(float(metrics["mse"]))
+
+
+def test_each_term_of_the_loss_has_its_weight(monkeypatch):
+    """At the first step a scaled term is 1, so that the weights can be read off the loss."""
+    weights = LatentActionWeights(quantizer=3.0, changed=0.5, perceptual=0.25)
+    seen = []
+
+    def perceptual(scale, ours, truth):
+        seen.append((ours.shape, truth.shape))
+        return scale * jnp.abs(ours - truth).mean((1, 2, 3))
+
+    full = dataclasses.replace(objective(SHALLOW), weights=weights, perceptual=perceptual)
+    params, carry = jax.jit(full.init)(KEY)
+    batch = moved_squares()
+
+    def loss(painted, weights):
+        monkeypatch.setattr(latent_action, "decode", lambda *_, **__: (painted, {}))
+        learning = dataclasses.replace(full, weights=weights)
+        value, (_, metrics) = learning.loss(params, carry, jnp.asarray(2.0), batch, KEY, jnp.int32(0))
+        return value, metrics
+
+    without = dataclasses.replace(weights, perceptual=0.0)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    both = jax.jit(lambda painted: [gradient(painted, x) for x in (weights, without)])(some_paint())
+    ((value, metrics), felt), (_, unfelt) = both
+    error = np.asarray(some_paint() - batch.video[:, 1:] / 255.0)
+    assert float(metrics["lpips"]) == pytest.approx(2 * np.abs(error).mean(), rel=1e-4)
+    assert set(seen) == {((4, 12, 12, 3), (4, 12, 12, 3))}
+    assert float(metrics["quantizer"]) > 0.1
+    assert float(value) == pytest.approx(1 + 0.5 + 0.25 + 3 * float(metrics["quantizer"]), rel=1e-4)
+    expected = 0.25 * np.sign(error) / np.abs(error).sum()
+    np.testing.assert_allclose(felt - unfelt, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_the_figures_of_predictions_that_are_known(monkeypatch):
+    """Frames of one level each: the prediction, another clip's codes and the copy miss by what can be counted."""
+    levels = np.array([[10, 40, 100, 130], [200, 190, 150, 90]]) / 255
+    video = np.broadcast_to((255 * levels).round().astype(np.uint8)[..., None, None, None], (2, 4, 12, 12, 3))
+    codes = jnp.asarray(np.diff(levels, axis=1), jnp.float32)
+
+    def infer(model, params, frames):
+        found = (frames[:, 1:] - frames[:, :-1]).mean((2, 3, 4))[..., None, None]
+        return Quantized(found, jnp.zeros(found.shape[:3], int), jnp.zeros(()), jnp.asarray([1.0, 0, 0, 0]))
+
+    def predict(model, params, frames, codes):
+        return frames[:, :-1] + 0.9 * codes[..., None]
+
+    monkeypatch.setattr(latent_action, "infer", infer)
+    monkeypatch.setattr(latent_action, "predict", predict)
+    batch = dataclasses.replace(fake_batch(BatchSpec(2, 4, 12, 12)), video=video)
+    found = jax.jit(objective().evaluate)({}, None, batch, KEY)
+    moves = np.asarray(codes)
+    errors = {"psnr": 0.1 * moves, "gain": 0.9 * moves[::-1] - moves, "over_copy": moves}
+    expected = {name: -10 * np.log10(np.mean(np.square(error))) for name, error in errors.items()}
+    assert float(found["psnr"]) == pytest.approx(expected["psnr"], abs=1e-3)
+    assert float(found["over_copy"]) == pytest.approx(20, abs=1e-3)
+    assert float(found["gain"]) == pytest.approx(expected["psnr"] - expected["gain"], abs=1e-3)

@@ -10,14 +10,16 @@ import pytest
 
 from dreamer4.batch import ActionComponent, BatchSpec, fake_batch
 from dreamer4.errors import UserError
-from dreamer4.metrics.pixels import l1, ssim
+from dreamer4.metrics.pixels import PSNR_CEILING, l1, ssim
 from dreamer4.models.discriminator import Discriminator, DiscriminatorConfig
 from dreamer4.models.next_frame import NextFrame, NextFrameConfig, init_next_frame, predict
 from dreamer4.models.patches import to_float
 from dreamer4.nn.transformer import TransformerConfig
+from dreamer4.objectives import next_frame
 from dreamer4.objectives.adversarial import AdversaryConfig
 from dreamer4.objectives.image_losses import fft_loss, sobel_loss
 from dreamer4.objectives.next_frame import NextFrameLossConfig, NextFramePrediction
+from dreamer4.rollout import predict as rollout_predict
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.train.optimizer import OptimizerConfig, make_optimizer
 from dreamer4.train.state import Objective, init_state, make_step
@@ -204,6 +206,29 @@ def test_a_model_that_repeats_the_frame_is_as_good_as_copying():
     assert figures["dream_psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-3)
     frames = jit(objective(copying).pictures)(params, None, BATCH, KEY)
     np.testing.assert_allclose(frames[2, 15:27, 1:13], video[0, 0], atol=1e-6)  # below the truth, the first frame still
+
+
+def test_a_model_that_follows_the_actions_is_at_the_ceiling(monkeypatch):
+    """A world whose brightness an action changes, and a model that knows it: each frame follows from the one before and
+    the action that led to it, in single steps and in dreams."""
+
+    def follow(model, params, video, action, labelled=None, noise=None):
+        return video + action["controls"][..., :1, None, None]
+
+    for module in (next_frame, rollout_predict):
+        monkeypatch.setattr(module, "predict", follow)
+    levels = np.random.default_rng(0).choice([20, 60, 110, 170, 230], (CLIPS, TIME + 1))
+    controls = np.zeros((CLIPS, TIME + 1, 2), np.float32)
+    controls[:, 1:, 0] = np.diff(levels, axis=1) / 255
+    video = np.broadcast_to(levels[..., None, None, None].astype(np.uint8), (CLIPS, TIME + 1, SIZE, SIZE, 3))
+    reward = np.zeros(levels.shape, np.float32)
+    batch = dataclasses.replace(
+        BATCH, video=video, action={"controls": controls}, reward=reward, is_first=reward > 0, is_terminal=reward > 0
+    )
+    figures = jit(objective().evaluate)({}, None, batch, KEY)
+    assert figures["psnr"] == figures["dream_psnr"] == PSNR_CEILING
+    for name in ("over_copy", "over_shuffled", "dream_over_copy", "dream_over_shuffled"):
+        assert figures[name] > 60
 
 
 @pytest.fixture(scope="module")

@@ -195,6 +195,19 @@ def test_the_terms_by_hand(floor):
     assert value == pytest.approx(1, rel=1e-4)  # the error over its own size
 
 
+def test_frames_that_are_shown_clean_do_not_count():
+    """At tau = 1 the answer is given: such frames are drawn where a dream's past is clean, and only seen."""
+    clean = dataclasses.replace(CONFIG, context_noise=0.0)
+    ours = objective(Biased, dynamics=clean, bootstrap_share=0.5, at_context=0.5)
+    draw = drawn(ours, rows=2)
+    given, coarse = np.asarray(draw.signal == 8), np.asarray(draw.step < FINEST)
+    assert 0.3 < given.mean() < 0.7
+    params = {"answer": ANSWER + 0.5}
+    error = by_hand(ours, draw, params["answer"] * (1 + FINEST), ANSWER)
+    terms = jax.jit(functools.partial(loss, ours))(params, SAME)[1][1]
+    np.testing.assert_allclose(terms["flow"], error[~coarse & ~given].mean(), rtol=1e-4)
+
+
 def test_no_gradient_flows_through_the_target():
     ours = objective(Biased, bootstrap_share=1.0)
     draw = drawn(ours, rows=CLIPS)
