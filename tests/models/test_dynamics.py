@@ -249,6 +249,18 @@ def test_latents_are_packed_in_order_and_on_the_model_s_scale():
     assert np.abs(model.unpack(100 * z1)).max() == 1  # the tokenizer's bounds
 
 
+def test_a_known_deviation_brings_input_and_output_to_unit_size(params):
+    """Where z1 has deviation s, the network sees each level over its own deviation, and answers in units of s."""
+    model = dataclasses.replace(MODEL, config=dataclasses.replace(CONFIG, latent_deviation=0.25))
+    given = inputs()
+    tau = np.asarray(given["signal"] / CONFIG.k_max)[..., None, None]
+    size = np.sqrt((1 - tau) ** 2 + (0.25 * tau) ** 2)
+    z1_hat, agents, _ = run(model, params, given)
+    expected, unchanged, _ = run(MODEL, params, given | {"noised": given["noised"] / size})
+    np.testing.assert_allclose(z1_hat, 0.25 * expected, atol=1e-5)
+    np.testing.assert_allclose(agents, unchanged, atol=1e-5)
+
+
 def test_latents_that_cannot_be_shared_evenly_are_refused():
     model = dataclasses.replace(MODEL, config=dataclasses.replace(CONFIG, spatial=5))
     with pytest.raises(UserError, match="spatial: 5 tokens cannot share the tokenizer's 2 x 6 = 12 numbers"):

@@ -160,3 +160,19 @@ def test_batch_norm_goes_by_its_running_moments_outside_training():
 def test_models_that_cannot_be_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_a_code_is_of_its_place():
+    """What changes in a corner of the frame changes the vector of that corner, and its code paints there."""
+    model, params = made(with_pair(norm="none"))
+    corners = ((0, 0, 0), (0, 11, 2), (9, 0, 6), (9, 11, 8))  # row, column, and place among 3 x 3 codes
+    codes = jnp.zeros((1, 1, model.tokens, 3))
+    paint = jax.jit(functools.partial(predict, model))
+    vectors = encoder(model)
+    for row, column, place in corners:
+        other = VIDEO[:1, :2].at[0, 1, row, column].add(0.5)
+        moved = np.abs(vectors(params, other) - vectors(params, VIDEO[:1, :2])).max((0, 1, 3))
+        assert [i for _, _, i in corners if moved[i]] == [place]
+        moved = np.abs(paint(params, VIDEO[:1, :2], codes.at[:, :, place].set(1)) - paint(params, VIDEO[:1, :2], codes))
+        assert moved[0, 0, row, column].max() > 1e-4
+        assert moved[0, 0, 9 - row, 11 - column].max() == 0

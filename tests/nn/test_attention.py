@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,3 +152,49 @@ def test_auto_takes_cudnn_where_the_shapes_suit_it(monkeypatch, queries, keys, w
     found = jax.eval_shape(attend, query, key, key, jnp.ones((queries, keys), bool))
     assert found.shape == query.shape
     assert bool(asked) == fused
+
+
+KERNELS = ("plain", "tiled", "past")
+
+
+def attend_by(name, query, key, value):
+    """One of ``KERNELS``, with everything visible; as a past it sees all keys but the last."""
+    queries, keys = query.shape[1], key.shape[1]
+    if name != "past":
+        return attend(query, key, value, jnp.ones((queries, keys), bool), kernel=name)
+    old = [x[:, :-1].swapaxes(1, 2) for x in (key, value)]
+    past = (*old, jnp.ones((queries, keys - 1), bool))
+    return attend(query, key[:, -1:], value[:, -1:], jnp.ones((queries, 1), bool), past=past)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_in_half_precision_logits_keep_what_it_would_round_away(name):
+    """Logits of 64 and 64.25, between which bfloat16 has no number: their weights are 1 to e ** 0.25."""
+    query = jnp.full((1, 1, 1, 16), 4, jnp.bfloat16)
+    key = jnp.full((1, 2, 1, 16), 4, jnp.bfloat16).at[0, 1, 0, 0].set(4.25)
+    value = jnp.zeros((1, 2, 1, 16), jnp.bfloat16).at[0, 1].set(1)
+    found = attend_by(name, query, key, value)  # not jitted: a compiler may leave out what would round
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), 1 / (1 + np.exp(-0.25)), atol=2e-3)
+
+
+def outputs(jaxpr, name):
+    """The dtypes of all results of the primitive of that name, those inside loops and functions included."""
+    found = []
+    for equation in jaxpr.eqns:
+        found += [str(x.aval.dtype) for x in equation.outvars] if equation.primitive.name == name else []
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            found += outputs(inner, name) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_in_half_precision_products_are_summed_and_the_softmax_taken_in_float32(name):
+    """Whatever a compiler makes of it: so says the program itself, at sizes that take each kernel's usual way."""
+    query, key = (normal(i, 2, 12, 2, 8).astype(jnp.bfloat16) for i in range(2))
+    jaxpr = jax.make_jaxpr(functools.partial(attend_by, name))(query, key, key).jaxpr
+    products, powers = outputs(jaxpr, "dot_general"), outputs(jaxpr, "exp")
+    assert len(products) >= 2
+    assert powers
+    assert set(products + powers) == {"float32"}
