@@ -11,8 +11,8 @@ from dreamer4.errors import UserError
 from dreamer4.train.sharding import make_mesh
 
 # Losses of a few steps: of the bare step on one device, and of the program on meshes of eight.
-PROGRAM = """
-import functools, json
+PROGRAM = r"""
+import dataclasses, functools, json, re, unittest.mock
 import jax, numpy as np
 from dreamer4.batch import BatchSpec, fake_batch
 from dreamer4.errors import UserError
@@ -69,6 +69,33 @@ def on_a_mesh(fsdp):
     return {"losses": found, "share": mine / whole, "compiled": program.step._cache_size()}
 
 
+# Draws its batch inside the step, where nothing but the step says how it is laid out.
+class Drawn(Fixed):
+    def make(self, sent, key, shape):
+        return dataclasses.replace(batch, video=jax.random.bits(key, (*shape, 16, 16, 3), np.uint8))
+
+
+class Brightness:
+    def init(self, key):
+        return {"x": jax.numpy.zeros((8, 8))}, {}
+
+    def loss(self, params, carry, frozen, batch, key, step):
+        return jax.numpy.square(params["x"].mean() - batch.video / 255).mean(), (carry, {})
+
+
+# How many clips the frames of a batch have on one device, wherever they occur in the compiled program of the step.
+def clips_on_a_device(fsdp):
+    program = make_program(Brightness(), Drawn(), TrainConfig(steps=STEPS, batch_size=8, fsdp=fsdp), optimizer)
+    compiled = program.step.lower(program.shapes, None, None, KEY, SHAPE).compile()
+    return sorted(set(re.findall(r"\[(\d+),2,16,16,3\]", compiled.as_text())))
+
+
+# What each device holds of a batch where there are two processes, of which this one has all devices.
+def on_two_hosts():
+    with unittest.mock.patch.object(jax, "process_count", lambda: 2):
+        return sorted(shard.data.tolist() for shard in place_batch(halves, mesh)["x"].addressable_shards)
+
+
 def refusal(call):
     try:
         call()
@@ -89,6 +116,8 @@ print(json.dumps({
     "fsdp": refusal(lambda: make_program(objective, Fixed(), TrainConfig(fsdp=3), optimizer)),
     "specs": {shape: list(s.spec) for shape, s in state_shardings(mesh, shapes).items()},
     "rows": sorted(shard.data.tolist() for shard in placed.addressable_shards),
+    "rows of two hosts": on_two_hosts(),
+    "clips": {"8x1": clips_on_a_device(1), "2x4": clips_on_a_device(4)},
 }))
 """
 
@@ -131,8 +160,14 @@ def test_the_step_compiles_once_on_a_mesh(eight):
     assert eight["8x1"]["compiled"] == eight["2x4"]["compiled"] == 1
 
 
-def test_each_device_gets_its_own_clips(eight):
-    assert eight["rows"] == [[[2.0 * i, 2.0 * i + 1]] for i in range(8)]
+@pytest.mark.parametrize("hosts", ["rows", "rows of two hosts"])
+def test_each_device_gets_its_own_clips(eight, hosts):
+    assert eight[hosts] == [[[2.0 * i, 2.0 * i + 1]] for i in range(8)]
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "2x4"])
+def test_a_batch_that_is_made_inside_the_step_is_split_over_all_devices(eight, mesh):
+    assert eight["clips"][mesh] == ["1"]
 
 
 def test_what_does_not_split_is_refused(eight):
