@@ -105,6 +105,12 @@ def test_the_film_has_the_truth_above_a_row_for_each_run(scripts, compared):
     assert made[:, 0, 0, 0].tolist() == [0.5, 0.5, 1]
 
 
+def test_minutes_are_those_of_the_whole_log(scripts, tmp_path):
+    assert scripts.compare.minutes(tmp_path) == {}
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "seconds": {60 * n}}}\n' for n in (1, 2, 5)))
+    assert scripts.compare.minutes(tmp_path) == {"minutes": 5.0}
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_run_alone_is_refused(compare, runs, count):
     with pytest.raises(UserError, match=r"runs: .* found, 2 or more, each once, expected"):

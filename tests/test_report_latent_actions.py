@@ -13,6 +13,7 @@ import pytest
 import tyro
 from rich.console import Console
 
+from dreamer4.batch import ActionComponent, Batch
 from dreamer4.data.episodes import Column, Episode, Schema
 from dreamer4.data.toy import MOVES
 from dreamer4.data.writer import EpisodeWriter
@@ -324,3 +325,35 @@ def test_the_terminal_shows_each_split_in_eighty_columns(scripts, toy):
     for split, figures in toy.figures["splits"].items():
         assert f"{split} " in shown
         assert f"{figures['psnr']:.2f}" in shown
+
+
+def test_the_reader_of_actions_is_scored_on_clips_that_it_has_not_seen(scripts):
+    """Codes that mean one action in the clips for calibration and another one in those held out: nothing is read."""
+    report = scripts.report_latent_actions
+    action = np.random.default_rng(0).integers(0, 3, (8, 5))
+
+    def clips(codes):
+        """Clips whose frames show ``codes`` in their first pixel."""
+        video = np.zeros((*codes.shape, 16, 16, 3), np.uint8)
+        video[:, :, 0, 0, 0] = codes
+        no = np.zeros(codes.shape, np.float32)
+        return Batch(video, {"action": action}, no, no > 0, no > 0, np.ones(len(codes), bool), {})
+
+    model = scripts.latent_action_scores.LatentActions(
+        infer=lambda params, video: ((255 * video[:, 1:, 0, 0, :1]).round().astype(int), video[:, 1:, 0, 0, :1, None]),
+        predict=lambda params, video, codes: video[:, :-1],
+        codes_of=lambda params, ids: ids[..., None] * 1.0,
+        params={},
+        tokens=1,
+        code_count=3,
+    )
+    space = (ActionComponent("action", "categorical", 3),)
+    for shift, right in ((0, 1.0), (1, 0.0)):
+        held_out = clips((action + shift) % 3)
+        material = report.Material({"validation": held_out}, clips(action), space, {}, "here", [])
+        measured = {"validation": scripts.latent_action_scores.measure(model, held_out, 4)}
+        options = report.Options(batch_size=4)
+        made, figures = report.control_figures(model, material, measured, "validation", options, DIGEST)
+        assert figures["all"] == right
+        assert figures["curve"]["4"]["scores"] == [right] * 5
+        assert made.code_of(np.eye(3)).tolist() == [[0], [1], [2]]

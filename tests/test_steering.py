@@ -70,6 +70,23 @@ def test_codes_that_are_not_always_obeyed_tell_less(steering, clips):
     assert np.sum(found["directions"], axis=1).tolist() == [CLIPS] * 5
 
 
+def test_a_code_is_told_by_where_it_has_led_after_four_frames(steering, clips):
+    """The square first takes a step the other way, then three along: after four it is two pixels along."""
+
+    def dream(params, frames, actions, key):
+        codes = actions["latent_0"][:, frames.shape[1] :]
+        assert codes.shape[1] == 4
+        moves = jnp.cumsum(jnp.asarray(MOVES)[codes] * jnp.array([-1, 1, 1, 1])[:, None], axis=1)
+        roll = jax.vmap(jax.vmap(lambda frame, move: jnp.roll(frame, move, (0, 1)), (None, 0)))
+        return roll(to_float(frames[:, -1]), moves)
+
+    late = SimpleNamespace(dynamics=SimpleNamespace(actions=SPACE), dream=dream)
+    found = steering.steer(late, {}, clips, Horizon(2, 1), KEY)
+    assert found["directions"] == np.diag([CLIPS] * 5).tolist()
+    assert found["nmi"] == 1
+    assert found["nmi_each"] < 1
+
+
 def test_only_one_latent_code_in_the_toy_world_is_steered_by(steering, clips):
     ask = lambda space, clips: steering.steer(dreamer(space), {}, clips, Horizon(2, 1), KEY)  # noqa: E731
     assert ask((ActionComponent("latent_0", "categorical", 5),), clips) is None
