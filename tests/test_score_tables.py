@@ -67,3 +67,11 @@ def test_beside_others_such_a_model_has_gaps(scripts, report):
     assert columns["steps a frame"] == ["", "8"]
     assert columns["tokenizer's PSNR dB"] == ["", "30.00"]
     assert columns["frames per s"] == ["7", ""]
+
+
+def test_the_position_is_that_of_step_8_or_the_last(scripts):
+    for length, expected in ((16, 108.0), (5, 105.0)):
+        steps = np.arange(1, length + 1, dtype=np.float32)
+        figures = scripts.score_tables.row({"mse": steps, "ssim": steps, "position": 100 + steps})
+        assert figures["position"] == expected
+        assert figures["ssim"] == steps.mean()

@@ -254,7 +254,7 @@ def test_the_figures_of_predictions_that_are_known(monkeypatch):
 
     def infer(model, params, frames):
         found = (frames[:, 1:] - frames[:, :-1]).mean((2, 3, 4))[..., None, None]
-        return Quantized(found, jnp.zeros(found.shape[:3], int), jnp.zeros(()), jnp.asarray([1.0, 0, 0, 0]))
+        return Quantized(found, jnp.zeros(found.shape[:3], int), jnp.zeros(()), jnp.asarray([0.5, 0, 0.5, 0]))
 
     def predict(model, params, frames, codes):
         return frames[:, :-1] + 0.9 * codes[..., None]
@@ -269,3 +269,5 @@ def test_the_figures_of_predictions_that_are_known(monkeypatch):
     assert float(found["psnr"]) == pytest.approx(expected["psnr"], abs=1e-3)
     assert float(found["over_copy"]) == pytest.approx(20, abs=1e-3)
     assert float(found["gain"]) == pytest.approx(expected["psnr"] - expected["gain"], abs=1e-3)
+    assert float(found["perplexity"]) == pytest.approx(2, abs=1e-5)
+    assert float(found["codes_used"]) == 0.5

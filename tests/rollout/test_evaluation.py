@@ -115,6 +115,17 @@ def test_values_beyond_black_and_white_are_cut():
     np.testing.assert_allclose(found["dream"]["mse"], 0, atol=1e-9)
 
 
+def test_the_position_is_that_of_the_middle_clip():
+    """Of one clip in ten the square is far off: a mean would tell of it, the median does not."""
+
+    def astray(*asked):
+        dreamt = simulate(*asked)
+        return dreamt.at[0].set(jnp.roll(dreamt[0], 7, axis=2))
+
+    position = scored(astray, videos=("dream",))["dream"]["position"]
+    np.testing.assert_allclose(position, 0, atol=1e-3)
+
+
 def test_a_distance_sees_each_frame_beside_its_truth(simulated):
     found = scored(simulate, videos=("dream", "shuffled"), distance=lambda x, y: jnp.abs(x - y).mean((1, 2, 3)))
     np.testing.assert_array_equal(found["dream"]["lpips"], 0)
