@@ -151,9 +151,10 @@ def test_the_loss_shows_frames_at_their_level_and_single_clips_without_action_or
     Oracle.calls.clear()
     ours = objective(bootstrap_share=0.5, single_images=0.5, at_zero=0.2, at_context=0.2)
     with jax.disable_jit():
-        terms = loss(ours, {"answer": ANSWER}, SAME, seed=1)[1][1]
-    draw = drawn(ours, seed=1, rows=2)
+        terms = loss(ours, {"answer": ANSWER}, SAME, seed=8)[1][1]
+    draw = drawn(ours, seed=8, rows=2)
     assert 0 < draw.single[:2].sum() < 2  # this seed has both
+    assert (draw.single[:2] & SAME.labelled[:2]).any()  # and a single image that has labels to lose
     first, second, whole = Oracle.calls
     for call in Oracle.calls:
         rows = len(call["z"])
