@@ -41,8 +41,9 @@ def test_an_action_has_the_code_that_was_seen_with_it_most_often():
 
 
 def test_an_action_that_was_never_seen_has_the_most_frequent_code_of_all():
-    calibration = table([[7], [3], [3], [3], [5]], ONE_HOT[[0, 0, 2, 2, 2]])
-    np.testing.assert_array_equal(calibration.code_of(ONE_HOT[[1, 3]]), [[3], [3]])
+    # Both seen actions are equally far; the first in the table has another code.
+    calibration = table([[7], [7], [3], [3], [3]], ONE_HOT[[3, 3, 0, 0, 0]])
+    np.testing.assert_array_equal(calibration.code_of(ONE_HOT[[1, 2, 3]]), [[3], [3], [7]])
 
 
 def test_buttons_are_looked_up_all_together():
