@@ -123,7 +123,8 @@ def test_a_frame_is_the_dreamers_to_the_nearest_level(worlds):
     world = worlds["next_frame"]
     state, action = world.reset(*clip(world, CONTEXT)), at(actions_of(world, 1), 0)
     _, expected = jax.jit(world.dreamer.step)(world.params, state.dream, {name: a[None] for name, a in action.items()})
-    assert_near(world.step(state, action)[1], np.round(np.asarray(expected[0]) * 255))
+    # Half a level, and what another program rounds otherwise.
+    assert np.abs(world.step(state, action)[1] - 255 * np.asarray(expected[0])).max() < 0.51
 
 
 def test_what_no_action_is_known_for_is_not_what_a_null_action_led_to(worlds):
