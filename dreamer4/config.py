@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dreamer4.errors import UserError
+from dreamer4.files import same_path
 
 Config = TypeVar("Config")
 
@@ -79,11 +80,14 @@ def at_least(bound: int, config: Any, *names: str) -> None:
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """The fields in which two JSON configs differ, one line each: ``name: old value, new value``."""
+    """The fields in which two JSON configs differ, one line each: ``name: old value, new value``. A path is the same
+    whether it is relative or absolute."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for name in sorted(old.keys() | new.keys()):
             path = f"{where}.{name}" if where else name
             lines += differences(old.get(name, "absent"), new.get(name, "absent"), path)
         return lines
+    if isinstance(old, str) and isinstance(new, str) and same_path(old, new):
+        return []
     return [] if old == new else [f"{where}: {old!r} there, {new!r} asked for"]

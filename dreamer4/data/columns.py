@@ -8,7 +8,6 @@ rename, so the index and all other columns stay as they are, byte by byte.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -22,8 +21,17 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dreamer4.batch import ActionComponent, ActionSpace, check_actions
 from dreamer4.config import from_json, to_json
-from dreamer4.data.episodes import Column, EpisodeEntry, EpisodeStore, array_metadata, array_spec, reason
+from dreamer4.data.episodes import (
+    Column,
+    EpisodeEntry,
+    EpisodeStore,
+    array_metadata,
+    array_spec,
+    reason,
+    writing_context,
+)
 from dreamer4.errors import UserError
+from dreamer4.files import check_linked, lock
 
 LATENT = "latent"
 FORMAT = "dreamer4-latent-actions"
@@ -215,7 +223,10 @@ def _infer_episode(
 def _prepare(path: Path, record: LatentRecord, overwrite: bool) -> tuple[Path, _Column]:
     """The folder to work in and what is done there: the column itself where it only lacks episodes."""
     place, part = path / LATENT, path / f".{LATENT}.part"
-    if not overwrite and (found := _read_column(place)):
+    check_linked(place, "data")
+    with _disk_errors(place):
+        context = writing_context(path)
+    if not overwrite and (found := _read_column(place, context)):
         if not record.same_as(found.record):
             raise UserError(
                 f"{path} has the latent actions of {found.record}, those of {record} asked for:"
@@ -223,7 +234,7 @@ def _prepare(path: Path, record: LatentRecord, overwrite: bool) -> tuple[Path, _
             )
         return place, found
     with contextlib.suppress(UserError):  # what cannot be gone on with is begun again
-        if (begun := _read_column(part)) and record.same_as(begun.record):
+        if (begun := _read_column(part, context)) and record.same_as(begun.record):
             return part, begun
     with _disk_errors(place):
         if part.exists():
@@ -232,9 +243,12 @@ def _prepare(path: Path, record: LatentRecord, overwrite: bool) -> tuple[Path, _
         for name, column in record.columns().items():
             row_bytes = int(np.prod(column.shape)) * column.dtype.itemsize
             chunk = int(np.clip(CHUNK_BYTES // row_bytes, 1, MOST_ROWS_PER_CHUNK))
-            ts.open(array_spec(part / name) | {"metadata": array_metadata(column, chunk)}, create=True).result()
+            spec = array_spec(part / name) | {"metadata": array_metadata(column, chunk)}
+            ts.open(spec, create=True, context=context).result()
         _write_record(part, record, 0)
-        return part, _Column(record, 0, {name: _open(part, name, c, 0) for name, c in record.columns().items()})
+        return part, _Column(
+            record, 0, {name: _open(part, name, c, 0, context) for name, c in record.columns().items()}
+        )
 
 
 def _resize(array: ts.TensorStore, rows: int) -> ts.TensorStore:
@@ -255,7 +269,7 @@ def _publish(part: Path, place: Path) -> None:
 # ----- files -----
 
 
-def _read_column(folder: Path) -> _Column | None:
+def _read_column(folder: Path, context: ts.Context | None = None) -> _Column | None:
     """The column in ``folder``, or None where there is none. Raises UserError where it is damaged."""
     with _damage(folder):
         try:
@@ -268,7 +282,9 @@ def _read_column(folder: Path) -> _Column | None:
         if not isinstance(rows, int):
             raise ValueError(f"record.json counts {rows!r} rows")
         record = from_json(LatentRecord, content, "record.json")
-        return _Column(record, rows, {name: _open(folder, name, c, rows) for name, c in record.columns().items()})
+        return _Column(
+            record, rows, {name: _open(folder, name, c, rows, context) for name, c in record.columns().items()}
+        )
 
 
 def _write_record(folder: Path, record: LatentRecord, rows: int) -> None:
@@ -280,11 +296,11 @@ def _write_record(folder: Path, record: LatentRecord, rows: int) -> None:
     new.replace(folder / "record.json")
 
 
-def _open(folder: Path, name: str, column: Column, rows: int) -> ts.TensorStore:
+def _open(folder: Path, name: str, column: Column, rows: int, context: ts.Context | None) -> ts.TensorStore:
     """Raises ValueError where the array is missing, of another kind or shorter than the record says."""
     if not (folder / name / "zarr.json").exists():
         raise ValueError(f"{name} is missing")
-    array = ts.open(array_spec(folder / name)).result()
+    array = ts.open(array_spec(folder / name), context=context).result()
     found, expected = (array.dtype.name, array.shape[1:]), (column.dtype.name, column.shape)
     if found != expected:
         raise ValueError(f"a row of {name} is {found[0]} {found[1]}, its record says {expected[0]} {expected[1]}")
@@ -296,14 +312,14 @@ def _open(folder: Path, name: str, column: Column, rows: int) -> ts.TensorStore:
 @contextlib.contextmanager
 def _claim(path: Path) -> Iterator[None]:
     """The data set's lock, which is that of its writers."""
-    lock = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor, path)
         yield
     except BlockingIOError:
         raise UserError(f"{path} is being written by another process: wait until it is done") from None
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,9 @@ from jaxtyping import Bool, Float, Shaped, UInt8
 
 from dreamer4.batch import ActionComponent, ActionSpace, Batch, check_actions, space_to_json
 from dreamer4.errors import UserError
+from dreamer4.files import array_folder, can_sync
 
+INDEX = "index.json"
 FORMAT = "dreamer4-episodes"
 VERSION = 1
 ZSTD_LEVEL = 3
@@ -123,7 +125,7 @@ def read_index(path: Path) -> Index:
 
     Raises UserError where ``path`` is no data set, is of a newer format or has a damaged index.
     """
-    file = path / "index.json"
+    file = path / INDEX
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -155,7 +157,7 @@ class EpisodeStore:
     """
 
     def __init__(self, path: Path | str, *, threads: int = 2):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.index = read_index(self.path)
         limit = {"limit": threads}
         context = ts.Context({"data_copy_concurrency": limit, "file_io_concurrency": limit})
@@ -238,7 +240,14 @@ def open_arrays(path: Path, schema: Schema, frames: int, context: ts.Context) ->
 
 
 def array_spec(path: Path) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
+    """Of the array in the folder ``path``, for tensorstore."""
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{array_folder(path)}/"}}
+
+
+def writing_context(folder: Path) -> ts.Context:
+    """For whoever writes arrays in ``folder``, which is there. The data set's own lock keeps other writers out, so that
+    tensorstore's for each file, which some network file systems do not have, are not needed."""
+    return ts.Context({"file_io_locking": {"mode": "none"}, "file_io_sync": can_sync(folder)})
 
 
 def array_metadata(column: Column, rows_per_chunk: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ invisible.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import tensorstore as ts
 
 from dreamer4.batch import check_actions
 from dreamer4.data.episodes import (
+    INDEX,
     Column,
     Episode,
     EpisodeEntry,
@@ -31,8 +31,10 @@ from dreamer4.data.episodes import (
     read_index,
     reason,
     schema_to_json,
+    writing_context,
 )
 from dreamer4.errors import UserError
+from dreamer4.files import check_linked, is_free, lock, publish, staging, sync
 
 # A random window touches (chunk + window) frames on average, so short chunks read less; frames that resemble each other
 # compress better together. Measured on Breakout, windows of 16 frames of 210x160x3 from a warm cache with 1 / 2
@@ -48,18 +50,22 @@ class EpisodeWriter:
     """Writes a new data set, or appends to one, episode by episode; a context manager.
 
     Leaving the context publishes everything at once; leaving it by an exception publishes nothing: a new data set does
-    not come to be, an old one is as it was. ``source`` says in JSON terms how these episodes came to be.
+    not come to be, an old one is as it was. ``source`` says in JSON terms how these episodes came to be. An empty
+    folder may be there already, such as a volume that was just mounted.
 
-    Raises UserError where ``path`` is taken (or, to append to, is not a data set or has another schema), where another
-    process is writing it, where an episode does not fit the schema, and where the disk does not take the data.
+    Raises UserError where ``path`` is taken or a link to nothing (or, to append to, is not a data set or has another
+    schema), where another process is writing it, where an episode does not fit the schema, and where the disk does not
+    take the data.
     """
 
     def __init__(self, path: Path | str, schema: Schema, source: dict[str, Any], *, append: bool = False):
-        self.path = Path(path)
-        if self.path.exists() and not append:
+        self.path = Path(path).expanduser()
+        check_linked(self.path, "out")
+        self._place = self.path.resolve()
+        if not append and not is_free(self._place):
             raise UserError(f"{self.path} already exists: give another name, append to it, or remove it")
         self._append = append
-        self._folder = self.path if append else self.path.with_name(f".{self.path.name}.part")
+        self._folder = self._place if append else staging(self._place)
         self._schema = schema
         with self._disk_errors():
             self._lock = self._prepare_folder()
@@ -119,22 +125,23 @@ class EpisodeWriter:
         if self._append:
             read_index(self.path)  # says what is wrong with the path before anything touches it
         self._folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self._folder, os.O_RDONLY)
+        descriptor = os.open(self._folder, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, self.path)
         except BlockingIOError:
-            os.close(lock)
+            os.close(descriptor)
             raise UserError(f"{self.path} is being written by another process: wait until it is done") from None
         if not self._append:
             for leftover in self._folder.iterdir():
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        return lock
+        return descriptor
 
     def _open_columns(self) -> "dict[str, _ColumnWriter]":
+        context = writing_context(self._folder)
         if self._append:
-            arrays = open_arrays(self._folder, self._schema, self._old.frames, ts.Context())
+            arrays = open_arrays(self._folder, self._schema, self._old.frames, context)
         else:
-            arrays = {name: _create_array(self._folder, name, c) for name, c in self._schema.columns().items()}
+            arrays = {n: _create_array(self._folder, n, c, context) for n, c in self._schema.columns().items()}
         return {name: _ColumnWriter(array, self._old.frames) for name, array in arrays.items()}
 
     def _publish(self) -> None:
@@ -146,8 +153,7 @@ class EpisodeWriter:
                     column.finish()
                 _write_index(self._folder, Index(self._schema, self._sources, tuple(self._episodes)))
                 if not self._append:
-                    self._folder.rename(self.path)
-                    _sync_folder(self.path.parent)
+                    publish(self._folder, self._place, last=INDEX)
         except UserError:
             self._discard()
             raise
@@ -257,28 +263,18 @@ def _check_same_schema(path: Path, old: Schema, new: Schema) -> None:
             raise UserError(f"cannot append to {path}: {field} is {there} there and {here} in the new episodes")
 
 
-def _create_array(folder: Path, name: str, column: Column) -> ts.TensorStore:
+def _create_array(folder: Path, name: str, column: Column, context: ts.Context) -> ts.TensorStore:
     row_bytes = int(np.prod(column.shape)) * column.dtype.itemsize
     chunk = int(np.clip(CHUNK_BYTES // row_bytes, *FRAMES_PER_CHUNK)) if name == "video" else ROWS_PER_CHUNK
     metadata = array_metadata(column, chunk)
-    return ts.open(array_spec(folder / name) | {"metadata": metadata}, create=True).result()
+    return ts.open(array_spec(folder / name) | {"metadata": metadata}, create=True, context=context).result()
 
 
 def _write_index(folder: Path, index: Index) -> None:
-    new = folder / "index.json.new"
+    new = folder / f"{INDEX}.new"
     with new.open("w", encoding="utf-8") as file:
         json.dump(index_to_json(index), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    new.replace(folder / "index.json")
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # By now the new name is in force; a file system that cannot sync folders is no reason to take it back.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    new.replace(folder / INDEX)
+    sync(folder)

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from dreamer4.errors import UserError
+from dreamer4.files import sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -72,16 +72,6 @@ def verify(folder: Path) -> dict[str, Any]:
 def digest(manifest: dict[str, Any]) -> str:
     """The SHA-256 of a manifest, in hex: the name of a checkpoint that no other one shares."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def sync(*paths: Path) -> None:
-    """Returns when these files and folders (their entries, not what lies in them) are on the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The folder of a run: claimed by one process, bound to one configuration."""
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -14,6 +13,7 @@ import jax
 
 from dreamer4.config import differences
 from dreamer4.errors import UserError
+from dreamer4.files import check_linked, lock, write_atomically
 from dreamer4.train import checkpoint
 
 Compare = Callable[[dict[str, Any], dict[str, Any]], Sequence[str]]
@@ -87,7 +87,7 @@ def set_aside(path: Path) -> Path | None:
     run = RunFolder(path)
     if jax.process_index() != 0 or not (run.config_path.exists() or run.checkpoints.exists()):
         return None
-    free = next(other for n in itertools.count(1) if not (other := path.parent / f"{path.name}.{n}").exists())
+    free = next(other for n in itertools.count(1) if not os.path.lexists(other := path.parent / f"{path.name}.{n}"))
     try:
         with _lock(path):
             return path.rename(free)
@@ -95,30 +95,28 @@ def set_aside(path: Path) -> Path | None:
         raise UserError(f"{path}: the run there cannot be renamed to {free.name} ({error.strerror})") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Puts ``text`` at ``path`` so that a crash leaves either the old file or the new one whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _lock(path: Path) -> TextIO:
+    check_linked(path, "run_dir")
     path.mkdir(parents=True, exist_ok=True)
-    lock = (path / ".lock").open("a+")
+    file = (path / ".lock").open("a+")
     try:
         # The kernel drops this lock with the process, however that ends: there is no stale lock to clear away.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file.fileno(), path)
     except BlockingIOError:
-        with lock:
-            lock.seek(0)
-            raise UserError(f"{path}: in use by process {lock.read().strip() or 'unknown'}") from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
-    return lock
+        with file:
+            raise UserError(f"{path}: in use by process {_owner(file)}") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _owner(file: TextIO) -> str:
+    try:
+        file.seek(0)
+        return file.read().strip() or "unknown"
+    except OSError:  # a lock that keeps others from reading too, as on CIFS
+        return "unknown"
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dreamer4.batch import ActionComponent
 from dreamer4.data.episodes import EpisodeStore, Schema
 from dreamer4.data.formats.h5 import ALONE, import_h5py
 from dreamer4.errors import UserError
+from dreamer4.files import check_new_file
 
 # Written chunks of a few small frames or of one large: a damaged one takes no more with it.
 WRITTEN_CHUNK_BYTES = 2**17
@@ -31,8 +32,7 @@ def write_h5(store: EpisodeStore, path: Path, on_frames: Callable[[int], None] =
     h5py = import_h5py()
     if path.exists():
         raise UserError(f"{path} already exists: give another name, or remove it")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: its folder does not exist")
+    check_new_file(path, "out")
     part = path.with_name(f".{path.name}.part")
     try:
         with _Sink(part, "w+b") as sink:
