@@ -5,18 +5,23 @@ A folder of them looks like this; a step's folder appears by one rename, after i
     checkpoints/
       1200/  manifest.json  state/   the manifest holds the size and SHA-256 of every file under state/
       1500/  ...
-      best -> 1200                   by a metric, never deleted by the retention
+      best                           the number of the best step by a metric, which the retention never deletes
       900.damaged/                   what a restore has found damaged and set aside
       tmp.1800/                      being written, or left by a crash: the next start removes it
+
+Runs of before have a link in place of the file ``best``; copies of them, where links became folders, are read too.
 
 Orbax writes ``state/`` as a flat mapping from names such as ``params/encoder/kernel`` to arrays. The structure around
 the leaves (dataclasses, named tuples, None, empty containers) is the target's, which therefore always fits.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
+import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +30,14 @@ from typing import Any, Literal, SupportsFloat
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from dreamer4.errors import UserError
-from dreamer4.train.manifest import MANIFEST, DamageError, digest, read_manifest, seal, sync, verify
+from dreamer4.files import array_folder, sync, write_atomically
+from dreamer4.train.manifest import MANIFEST, DamageError, digest, read_manifest, seal, verify
 
 FOLDER = "checkpoints"
 Which = int | Literal["latest", "best"]
@@ -39,6 +47,9 @@ _STATE = "state"
 _BEST = "best"
 _TEMPORARY = "tmp."
 _DAMAGED = ".damaged"
+_ZARR = ".zarray"
+_UNWRITABLE = re.compile(r"[*?[]|gs:/")
+"""Where orbax, which looks for its own files with a pattern and knows buckets by their names, would lose them."""
 _log = logging.getLogger(__name__)
 
 
@@ -52,6 +63,12 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 3):
         if keep < 1:
             raise UserError(f"checkpoints to keep: {keep} asked, at least 1 is needed")
+        if found := _UNWRITABLE.search(str(folder.resolve())):
+            raise UserError(
+                f"{folder}: checkpoints cannot be kept in a folder with {found[0]!r} in its path; choose another"
+            )
+        array_folder(folder)
+        _go_on_without_locks()
         self._folder, self._keep = folder, keep
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         # One thread: its queue is the order of the saves, and Python waits for it before it exits.
@@ -62,6 +79,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(_TEMPORARY + "*"):
                 _remove(leftover)
+            _renew_best(folder)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -95,7 +113,7 @@ class Checkpoints:
         try:
             if jax.process_index() == 0:
                 temporary.mkdir(parents=True)
-            self._checkpointer.save((temporary / _STATE).absolute(), args=ocp.args.PyTreeSave(arrays))
+            self._checkpointer.save(array_folder(temporary / _STATE), args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
             raise self._failure(step, error) from error
         self._pending = self._writer.submit(self._finish, step, manifest, best)
@@ -154,13 +172,14 @@ class Checkpoints:
         try:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
+                _check_whole(temporary / _STATE, manifest["leaves"])
                 seal(temporary, manifest)
                 final = self._folder / str(step)
                 if final.exists():
                     _remove(_rename(final, self._folder / f"{_TEMPORARY}{step}.replaced"))
                 _rename(temporary, final)
                 if best is not None:
-                    _link_best(self._folder, best)
+                    _choose_best(self._folder, best)
                 self._retain()
         except Exception as error:
             raise self._failure(step, error) from error
@@ -178,7 +197,7 @@ class Checkpoints:
         steps = _steps(self._folder)
         left = f"the last good one is {steps[0]}" if steps else "there is none before it"
         # Tensorstore tells the whole way to a failed write; its last words are the reason.
-        reason = "".join(str(error).rpartition("Failed ")[1:])
+        reason = re.split(r" \[\w+=", "".join(str(error).rpartition("Failed ")[1:]))[0]
         return UserError(f"{self._folder}: the checkpoint of step {step} could not be written ({reason}); {left}")
 
 
@@ -330,7 +349,30 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
 def _read(folder: Path, restore_args: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         wanted = ocp.args.PyTreeRestore(dict.fromkeys(restore_args, 0), restore_args, partial_restore=True)
-        return checkpointer.restore((folder / _STATE).absolute(), args=wanted)
+        return checkpointer.restore(array_folder(folder / _STATE), args=wanted)
+
+
+def _check_whole(state: Path, leaves: Iterable[str]) -> None:
+    """Raises ValueError unless every array can be found in what orbax wrote, with all of its parts: orbax itself takes
+    an index that was never made for a success."""
+    spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{array_folder(state)}/"}}
+    store = ts.KvStore.open(spec).result()
+    held = collections.Counter(key.decode().rpartition("/")[0] for key in store.list().result())
+    for name in leaves:
+        described = store.read(f"{name}/{_ZARR}").result()
+        if described.state != "value":
+            raise ValueError(f"Failed to find the array {name} among those that were written")
+        zarr = json.loads(described.value)
+        parts = math.prod(-(-size // part) for size, part in zip(zarr["shape"], zarr["chunks"], strict=True))
+        if held[name] - 1 != parts:
+            raise ValueError(f"Failed to find all of the array {name}: {held[name] - 1} of its {parts} parts are there")
+
+
+def _go_on_without_locks() -> None:
+    """Has orbax neither lock its files nor wait for each to be on the disk, as some network file systems cannot: one
+    process owns the folder, and ``seal`` waits for all of them. Orbax has no option for it."""
+    context = {"file_io_locking": {"mode": "none"}, "file_io_sync": jax.process_count() > 1}
+    tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT.update(context)
 
 
 # ----- the folder -----
@@ -342,8 +384,38 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _best_step(folder: Path) -> int | None:
-    link = folder / _BEST
-    return int(link.readlink().name) if link.is_symlink() and link.exists() else None
+    """The step that ``best`` names; None where nothing does, or with a warning where that step is not there."""
+    step = _read_best(folder / _BEST)
+    if step is not None and not (folder / str(step)).is_dir():
+        _log.warning("%s: the best checkpoint, of step %s, is not there: the newest is used", folder, step)
+        return None
+    return step
+
+
+def _read_best(best: Path) -> int | None:
+    try:
+        if best.is_symlink():
+            return int(best.readlink().name)
+        if best.is_dir():
+            return read_manifest(best)["step"]
+        return int(best.read_text()) if best.exists() else None
+    except (OSError, ValueError, DamageError) as error:
+        _log.warning("%s does not say which step is the best (%s): the newest is used", best, error)
+        return None
+
+
+def _renew_best(folder: Path) -> None:
+    """Puts a file in the place of a link, or of the folder that a copy has made of one."""
+    best = folder / _BEST
+    if not (best.is_symlink() or best.is_dir()):
+        return
+    step = _read_best(best)
+    if step is not None and not best.is_symlink() and not (folder / str(step)).exists():
+        _rename(best, folder / str(step))  # it alone was copied
+    else:
+        _remove(_rename(best, folder / f"{_TEMPORARY}{_BEST}"))
+    if step is not None:
+        write_atomically(best, f"{step}\n")
 
 
 def _first_sound(folder: Path, which: Which, set_aside: bool) -> int:
@@ -379,10 +451,10 @@ def _candidates(folder: Path, which: Which) -> Iterable[int]:
     return sorted(steps, key=lambda step: step != best)
 
 
-def _link_best(folder: Path, metric: str) -> None:
-    """Points ``best`` at the checkpoint with the best ``metric``, the earliest of equals.
+def _choose_best(folder: Path, metric: str) -> None:
+    """Has ``best`` name the checkpoint with the best ``metric``, the earliest of equals.
 
-    All of them are asked, not the newest alone: a process killed between a rename and the link loses nothing.
+    All of them are asked, not the newest alone: a process killed between a rename and this loses nothing.
     """
     name, sign = metric.removeprefix("-"), -1 if metric.startswith("-") else 1
     scores = {}
@@ -394,9 +466,9 @@ def _link_best(folder: Path, metric: str) -> None:
         if value is not None:
             scores[step] = sign * value
     if scores:
-        link = folder / f"{_TEMPORARY}{_BEST}"
-        link.symlink_to(str(max(scores, key=lambda step: (scores[step], -step))))
-        link.replace(folder / _BEST)
+        step = max(scores, key=lambda step: (scores[step], -step))
+        write_atomically(folder / _BEST, f"{step}\n")
+        sync(folder)
 
 
 def _free_name(path: Path) -> Path:

@@ -3,8 +3,10 @@ import errno
 import json
 import logging
 import os
+import re
 import resource
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore as ts
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from dreamer4.errors import UserError
 from dreamer4.train import checkpoint
 from dreamer4.train.checkpoint import Checkpoints, adopt, find, restore_params
+from dreamer4.train.manifest import read_manifest
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +123,7 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
     psnr = {1: 20.0, 2: 30.0, 3: 25.0, 4: 30.0, 5: float("nan")}
     save(tmp_path, *psnr, psnr=psnr, keep=2, best="eval/psnr")
     assert names(tmp_path) == {"2", "4", "5", "best"}
-    assert (tmp_path / "best").readlink() == Path("2")
+    assert (tmp_path / "best").read_text() == "2\n"
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() == 5
         assert checkpoints.restore(shapes(make_state()), "best")[1]["step"] == 2
@@ -126,13 +131,13 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
 
 def test_lower_is_better_with_a_minus(tmp_path):
     save(tmp_path, 1, 2, 3, psnr={1: 0.3, 2: 0.1, 3: 0.2}, best="-eval/psnr")
-    assert (tmp_path / "best").readlink() == Path("2")
+    assert (tmp_path / "best").read_text() == "2\n"
 
 
 def test_a_link_lost_to_a_kill_is_made_up_for(tmp_path):
     save(tmp_path, 1, 2, psnr={1: 20.0, 2: 30.0}, best=None)
     save(tmp_path, 3, psnr={3: 25.0}, best="eval/psnr")
-    assert (tmp_path / "best").readlink() == Path("2")
+    assert (tmp_path / "best").read_text() == "2\n"
 
 
 def test_a_step_saved_again_is_replaced(tmp_path):
@@ -200,7 +205,7 @@ def test_a_damaged_best_gives_way_to_the_newest(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(shapes(make_state()), "best")[1]["step"] == 3
         checkpoints.save(4, make_state(4), {"eval/psnr": 22.0}, {}, "eval/psnr")
-    assert (tmp_path / "best").readlink() == Path("3")
+    assert (tmp_path / "best").read_text() == "3\n"
 
 
 def test_all_damaged_is_never_a_fresh_start(tmp_path):
@@ -235,10 +240,148 @@ def test_what_a_crash_left_is_removed(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "tmp.2" / "state").mkdir(parents=True)
     (tmp_path / "tmp.2" / "state" / "half").write_bytes(b"half")
-    (tmp_path / "tmp.best").symlink_to("2")
+    (tmp_path / "tmp.best").symlink_to("2")  # of a version that made links
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() == 1
     assert names(tmp_path) == {"1"}
+
+
+# ----- which is the best, on any file system -----
+
+
+PSNR = {1: 30.0, 2: 20.0, 3: 25.0}
+
+
+def best_step(run: Path) -> int:
+    """What a reader takes for the best."""
+    found = find(run, "best")
+    assert found is not None
+    return found.step
+
+
+@pytest.fixture(scope="module")
+def with_best(tmp_path_factory):
+    """A run whose best checkpoint is its first."""
+    run = tmp_path_factory.mktemp("scored")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "symlink", no_links)
+        save(run / "checkpoints", *PSNR, psnr=PSNR, best="eval/psnr")
+    return run
+
+
+@pytest.fixture
+def scored(with_best, tmp_path):
+    return Path(shutil.copytree(with_best, tmp_path / "run"))
+
+
+def no_links(*_, **__):
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+def as_link(best: Path) -> None:
+    best.unlink()
+    best.symlink_to("1")
+
+
+def as_folder(best: Path) -> None:
+    """As ``cp -rL``, zip and S3 make of a link."""
+    best.unlink()
+    shutil.copytree(best.parent / "1", best)
+
+
+def test_a_file_system_without_links_takes_a_best_checkpoint(scored):
+    assert (scored / "checkpoints" / "best").read_text() == "1\n"
+    assert best_step(scored) == 1
+
+
+@pytest.mark.parametrize("change", [as_link, as_folder])
+def test_the_best_of_older_runs_and_of_copies_is_read_and_renewed(scored, change):
+    checkpoints = scored / "checkpoints"
+    change(checkpoints / "best")
+    assert best_step(scored) == 1
+    assert restore_params(scored)[1] == {"seed": 1}
+    save(checkpoints, 4, psnr={4: 28.0}, keep=1, best="eval/psnr")
+    assert names(checkpoints) == {"1", "4", "best"}
+    assert (checkpoints / "best").read_text() == "1\n"
+    assert best_step(scored) == 1
+    save(checkpoints, 5, psnr={5: 31.0}, keep=1, best="eval/psnr")
+    assert best_step(scored) == 5
+
+
+def test_a_copy_of_the_best_alone_becomes_its_step(scored):
+    checkpoints = scored / "checkpoints"
+    as_folder(checkpoints / "best")
+    shutil.rmtree(checkpoints / "1")
+    save(checkpoints, 4, psnr={4: 20.0}, best="eval/psnr")
+    assert best_step(scored) == 1
+
+
+@pytest.mark.parametrize("content", ["7\n", "", "seven"])
+def test_a_best_that_is_not_there_is_said(scored, caplog, content):
+    (scored / "checkpoints" / "best").write_text(content)
+    assert best_step(scored) == 3
+    assert "best" in caplog.text
+    assert "the newest is used" in caplog.text
+
+
+def test_folders_that_cannot_be_synced_are_passed_over(tmp_path, monkeypatch):
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(tmp_path, 1)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(shapes(make_state()))[1]["step"] == 1
+    held = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert held == set(synced)  # orbax leaves it to us
+
+
+def test_orbax_neither_locks_nor_syncs(tmp_path):
+    save(tmp_path, 1)
+    context = tensorstore_utils.get_ts_context()
+    assert context["file_io_locking"].to_json() == {"mode": "none"}
+    assert context["file_io_sync"].to_json() is False
+
+
+# ----- folders that arrays can be in -----
+
+
+@pytest.mark.parametrize("name", ["a]b", "a%20b#c", "a:b", "ü", "a{b}", "q/../x", "link/../x"])
+def test_a_run_is_kept_and_read_under_any_name(tmp_path, monkeypatch, name):
+    (tmp_path / "q" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("q/deep")
+    monkeypatch.chdir(tmp_path)
+    save(Path(name) / "checkpoints", 1)
+    params, _ = restore_params(Path(name), "latest")
+    np.testing.assert_array_equal(params["encoder"]["kernel"], make_state(1).params["encoder"]["kernel"])
+
+
+@pytest.mark.parametrize("name", ["a[b", "a*b", "a?b", "a\\b", "gs:", os.fsdecode(b"bad\xff")])
+def test_a_name_under_which_arrays_would_be_lost_is_refused_before_the_training(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be kept in a folder"):
+        Checkpoints(tmp_path / name / "checkpoints")
+    assert names(tmp_path) == set()
+
+
+def test_a_checkpoint_without_the_index_of_its_arrays_is_not_sealed(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_UNWRITABLE", re.compile("nothing"))  # so that orbax does not find its own files
+    run = tmp_path / "a[b]"
+    with pytest.raises(UserError, match=r"step 1 could not be written \(Failed to find the array .*none before it"):
+        save(run, 1)
+    assert names(run) == set()
+
+
+def test_a_checkpoint_that_lacks_a_part_of_an_array_is_not_sealed(tmp_path):
+    save(tmp_path, 1)
+    state, leaves = tmp_path / "1" / "state", read_manifest(tmp_path / "1")["leaves"]
+    checkpoint._check_whole(state, leaves)
+    store = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}}).result()
+    del store[b"params/encoder/kernel/0.0"]
+    with pytest.raises(ValueError, match="params/encoder/kernel: 0 of its 1 parts are there"):
+        checkpoint._check_whole(state, leaves)
 
 
 def test_another_shape_is_told_with_both_shapes(tmp_path):
