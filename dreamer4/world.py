@@ -185,7 +185,7 @@ def load(run: str | Path | Trained = BUNDLED, k: int | None = None) -> World:
     Raises UserError where there is no such run, where it dreams nothing (a tokenizer's, say), where its files are
     damaged, and for a K that its model cannot take.
     """
-    trained = run if isinstance(run, Trained) else load_trained(Path(run))
+    trained = run if isinstance(run, Trained) else load_trained(Path(run).expanduser())
     data = trained.config.get("data")
     steps = own_steps(trained)
     description = Description(

@@ -28,6 +28,7 @@ from dreamer4.batch import ActionComponent  # noqa: E402
 from dreamer4.config import at_least  # noqa: E402
 from dreamer4.data.toy import ToyConfig, ToySource  # noqa: E402
 from dreamer4.errors import UserError  # noqa: E402
+from dreamer4.files import check_new_file  # noqa: E402
 from dreamer4.models.maskgit import MaskGIT, MaskGITConfig, init_maskgit  # noqa: E402
 from dreamer4.models.next_frame import next_frame_flops  # noqa: E402
 from dreamer4.models.tokenizer import init_tokenizer  # noqa: E402
@@ -59,6 +60,8 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         at_least(1, self, *(f.name for f in dataclasses.fields(self) if f.type is int))
+        if self.json is not None:
+            check_new_file(self.json, "json")
 
 
 @dataclasses.dataclass(frozen=True)

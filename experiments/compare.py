@@ -25,7 +25,8 @@ from dreamer4.errors import UserError
 from dreamer4.models.patches import to_float
 from dreamer4.nn.counts import parameter_count
 from dreamer4.rollout.evaluation import Horizon
-from dreamer4.train.cli import main
+from dreamer4.train.cli import main, results_folder
+from dreamer4.train.logging import read_metrics
 from dreamer4.train.run_folder import RunFolder, write_atomically
 from dreamer4.train.samples import write_gif
 
@@ -68,7 +69,7 @@ class Options:
 
     def __post_init__(self) -> None:
         at_least(2, self, "clips")  # each is dreamt under another's actions too
-        if len(set(self.runs)) < max(2, len(self.runs)):
+        if len({run.resolve() for run in self.runs}) < max(2, len(self.runs)):
             raise UserError(f"runs: {' '.join(map(str, self.runs))} found, 2 or more, each once, expected")
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"out: {self.out} is a file, a folder expected")
@@ -76,6 +77,7 @@ class Options:
 
 def compare(options: Options) -> None:
     """Measures, prints, writes."""
+    results_folder(options.out, options.out)
     horizon, data, loaded = Horizon(options.context, options.horizon), options.data, []
     for run in options.runs:
         trained = load(run)
@@ -91,7 +93,6 @@ def compare(options: Options) -> None:
         rows[str(run)] = figures | minutes(run)
         dreams.append(dreamt)
     Console().print(table(rows, options))
-    options.out.mkdir(parents=True, exist_ok=True)
     report = finite({"options": to_json(dataclasses.replace(options, data=data)), "runs": rows})
     write_atomically(options.out / "comparison.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     write_gif(options.out / "comparison.gif", film(np.asarray(to_float(loaded[0][1].video[:SHOWN])), dreams))
@@ -124,9 +125,8 @@ def measure(
 
 def minutes(run: Path) -> dict[str, float]:
     """How long the dynamics were trained; nothing where the run's log is not there."""
-    log = RunFolder(run).metrics_path
-    lines = log.read_text().splitlines() if log.exists() else []
-    return {"minutes": json.loads(lines[-1])["seconds"] / 60} if lines else {}
+    lines = read_metrics(RunFolder(run).metrics_path)
+    return {"minutes": lines[-1]["seconds"] / 60} if lines else {}
 
 
 def film(truth: Float[np.ndarray, "n T H W C"], dreams: list[np.ndarray]) -> Float[np.ndarray, "T rows columns C"]:

@@ -33,7 +33,7 @@ from dreamer4.models.patches import to_float
 from dreamer4.nn.perceptual import Net, Params, available, load_weights, lpips
 from dreamer4.rollout.evaluation import Horizon, Scores, film
 from dreamer4.runs import KINDS, run_kind
-from dreamer4.train.cli import main
+from dreamer4.train.cli import main, results_folder
 from dreamer4.train.run_folder import write_atomically
 from dreamer4.train.samples import write_gif
 
@@ -99,10 +99,7 @@ def evaluate(options: Options) -> None:
     if options.codes:
         check_codes(options.codes, trained)
     weights = perceptual_weights(options.perceptual_net, clips)
-    out = options.out or options.run / "evaluation"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {out} is a file, a folder expected")
-    out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(options.out, options.run / "evaluation")
 
     key, params = jax.random.key(options.seed), jax.device_put(trained.params)
     states = begin(make(steps[0]), params, clips, horizon, key, SHOWN)
@@ -138,6 +135,8 @@ def evaluate(options: Options) -> None:
     if (obeys := press(make(film_k), params, clips, horizon, key, options.batch_size)) is not None:
         report |= {"press": obeys}
         print(obedience(obeys))
+    if out is None:
+        return
     truth = to_float(clips.video[:SHOWN])
     write(out, finite(report), np.asarray(film(truth, jnp.asarray(dreams[film_k]))))
     if options.codes:

@@ -7,7 +7,7 @@ world as the run, and whatever reads a run's parameters reads it too. Nothing in
 
 import dataclasses
 import json
-import tempfile
+import shutil
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,10 +17,13 @@ from steering import obedience
 from dreamer4.batch import ActionComponent
 from dreamer4.dreamers import Trained, load
 from dreamer4.errors import UserError
+from dreamer4.files import check_linked, is_free, publish, staging
 from dreamer4.nn.counts import parameter_count
 from dreamer4.runs import KINDS, TrainedMaskGIT, TrainedNextFrame, load_tokenizer, load_video_tokenizer
 from dreamer4.train.cli import main
 from dreamer4.train.exported import write_exported
+from dreamer4.train.logging import read_metrics
+from dreamer4.train.manifest import MANIFEST
 from dreamer4.train.run_folder import RunFolder
 from dreamer4.world import Description, World
 from dreamer4.world import load as load_world
@@ -58,17 +61,22 @@ class Options:
 def export(options: Options) -> None:
     """Writes the folder, all of it or nothing."""
     out = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_linked(out, "out")
+    place = out.resolve()
+    if not is_free(place):
         raise UserError(f"out: {out} is there and not empty; name another folder")
     trained = load(options.run)
     world = load_world(trained)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made:
-        folder = Path(made) / "world"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    folder = staging(place)
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+    try:
         write_parameters(folder, trained, options.run)
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         (folder / "card.md").write_text(card(world, options, size), encoding="utf-8")
-        folder.rename(out)
+        publish(folder, place, last=MANIFEST)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     print(f"{out}: {size / 1e6:.2f} MB of parameters; dreamer4.load({str(out)!r}) reads it")
 
 
@@ -189,10 +197,7 @@ def table(report: dict[str, Any]) -> str:
 
 def log(run: RunFolder, until: int) -> list[dict[str, Any]]:
     """The lines of the run's log up to a step; none where it has no log."""
-    if not run.metrics_path.exists():
-        return []
-    lines = [json.loads(line) for line in run.metrics_path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line["step"] <= until]
+    return [line for line in read_metrics(run.metrics_path) if line["step"] <= until]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dreamer4.data.formats.images import fit_image
 from dreamer4.data.inspection import ActionUse, Inspection, inspect_store, spread_windows
 from dreamer4.data.timing import LAGS
 from dreamer4.errors import UserError
-from dreamer4.train.cli import main
+from dreamer4.train.cli import main, results_folder
 from dreamer4.train.samples import write_gif, write_png
 
 SHEET = (6, 5)  # columns and rows
@@ -55,25 +55,28 @@ def inspect(options: Options) -> None:
     store = EpisodeStore(options.data)
     if not store.index.frames:
         raise UserError(f"{options.data} holds no frames: nothing to inspect")
-    out = options.out or options.data / "inspection"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {out} is a file, a folder expected")
-    out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(options.out, options.data / "inspection")
     found = inspect_store(store, options.frames)
     console = Console(highlight=False)
     describe(console, store.index)
     console.print(lengths_table(found))
     describe_use(console, found)
     describe_looks(console, store.index, found)
-    write_png(out / "mean_frame.png", found.mean_frame / 255)
-    write_png(out / "contact_sheet.png", draw_sheet(store) / 255, width=1)
-    rate = store.index.schema.frame_rate or 10.0
-    write_gif(out / "clip.gif", draw_clip(store) / 255, fps=min(rate, GIF_RATE), width=1)
+    if out is not None:
+        draw(out, store, found)
     for flag in found.flags:
         console.print(f"[bold yellow]flag[/] {escape(flag)}")
     if not found.flags:
         console.print("no flags")
-    print(f"done: mean_frame.png, contact_sheet.png, clip.gif in {out}")
+    if out is not None:
+        print(f"done: mean_frame.png, contact_sheet.png, clip.gif in {out}")
+
+
+def draw(out: Path, store: EpisodeStore, found: Inspection) -> None:
+    write_png(out / "mean_frame.png", found.mean_frame / 255)
+    write_png(out / "contact_sheet.png", draw_sheet(store) / 255, width=1)
+    rate = store.index.schema.frame_rate or 10.0
+    write_gif(out / "clip.gif", draw_clip(store) / 255, fps=min(rate, GIF_RATE), width=1)
 
 
 def describe(console: Console, index: Index) -> None:

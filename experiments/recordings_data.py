@@ -71,9 +71,9 @@ def _check_folder(data: Path, log: str | None) -> None:
 
 def _check_source(store: Path, asked: dict[str, Any]) -> None:
     """A ``UserError`` unless the data set ``store`` was made as ``asked``, whatever the folder's path was called."""
-    sources = [_resolved(source) for source in read_index(store).sources]
+    sources = read_index(store).sources
     found = sources[0] if len(sources) == 1 else {"kind": f"{len(sources)} sources"}
-    lines = differences(found, _resolved(asked))
+    lines = differences(found, asked)
     if not lines:
         return
     remedy = f"remove {store}, or choose another --run-dir"
@@ -81,7 +81,3 @@ def _check_source(store: Path, asked: dict[str, Any]) -> None:
         raise UserError(f"data: the log of {asked['source']} has changed since {store} was made of it; {remedy}")
     told = "; ".join(line for line in lines if not line.startswith("log_sha256"))
     raise UserError(f"data: {store} was made of something else, or otherwise ({told}); {remedy}")
-
-
-def _resolved(source: dict[str, Any]) -> dict[str, Any]:
-    return source | {"source": str(Path(source["source"]).resolve())} if "source" in source else source

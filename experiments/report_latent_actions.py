@@ -47,7 +47,7 @@ from dreamer4.models.latent_action import PairLatentAction, codes_of, infer, pre
 from dreamer4.models.patches import to_float
 from dreamer4.runs import load_latent_action
 from dreamer4.train.checkpoint import find
-from dreamer4.train.cli import main
+from dreamer4.train.cli import main, results_folder
 from dreamer4.train.run_folder import write_atomically
 
 # isort: split
@@ -117,20 +117,23 @@ def report(options: Options) -> None:
     frames = options.frames or (PAIR_FRAMES if pair else max(trained.config["train"]["clip_length"], 2))
     shape = (trained.model.height, trained.model.width, trained.model.channels)
     material = find_material(options, trained.config, shape, frames)
-    out = options.out or options.run / "evaluation"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {out} is a file, a folder expected")
-    out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(options.out, options.run / "evaluation")
     figures, page, calibration = make_report(model, material, options, identity.digest)
     figures = {"run": str(options.run), "step": trained.step, "digest": identity.digest, "frames": frames} | figures
     Console().print(table(figures))
     for note in figures["notes"]:
         print(note)
+    if out is None:
+        return
     write_atomically(out / "report.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
     write_atomically(out / "report.html", page(figures))
     if calibration is not None:
-        write_atomically(options.run / "calibration.json", calibration_json(calibration))
-        print(f"{options.run / 'calibration.json'}: the codes of {len(calibration.actions)} actions")
+        path = options.run / "calibration.json"
+        try:
+            write_atomically(path, calibration_json(calibration))
+            print(f"{path}: the codes of {len(calibration.actions)} actions")
+        except OSError as error:
+            print(f"{path} cannot be written ({error.strerror}): the world is played by codes")
     print(f"done: report.html, report.json in {out}")
 
 

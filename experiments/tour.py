@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from dreamer4.errors import UserError
+from dreamer4.files import check_new_file
 from dreamer4.play.server import listen
 from dreamer4.train.cli import main
 
@@ -197,7 +198,12 @@ def picture(options: Picture) -> None:
     print(f"done: {options.out}")
 
 
+def run(options: Measure | Picture) -> None:
+    if (out := options.json if isinstance(options, Measure) else options.out) is not None:
+        check_new_file(out, "json" if isinstance(options, Measure) else "out")
+    measure(options) if isinstance(options, Measure) else picture(options)
+
+
 if __name__ == "__main__":
     Command = Annotated[Measure, tyro.conf.subcommand("measure")] | Annotated[Picture, tyro.conf.subcommand("picture")]
-    options: Measure | Picture = tyro.cli(Command)
-    main(lambda: measure(options) if isinstance(options, Measure) else picture(options))
+    main(lambda: run(tyro.cli(Command)))

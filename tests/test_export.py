@@ -14,6 +14,7 @@ from dreamer4.errors import UserError
 from dreamer4.runs import load_next_frame
 from dreamer4.train.exported import exported_step, read_exported, write_exported
 from dreamer4.train.manifest import DamageError
+from dreamer4.train.run_folder import RunFolder
 from dreamer4.world import load
 from noise_worlds import EXPERIMENTS, KINDS
 
@@ -245,3 +246,22 @@ def test_a_card_may_be_edited(exported, tmp_path):
     folder = shutil.copytree(exported("next_frame"), tmp_path / "copy")
     (folder / "card.md").write_text("mine")
     load(folder)
+
+
+def test_a_torn_last_line_of_metrics_is_left_out(script, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 60}\n{"step": 2, "sec')
+    assert script.log(RunFolder(tmp_path), 5) == [{"step": 1, "seconds": 60}]
+
+
+def test_a_world_is_exported_into_a_folder_that_was_just_mounted(run_of, export, load_once, tmp_path):
+    (tmp_path / "volume" / "lost+found").mkdir(parents=True)
+    export(run_of("next_frame"), "--out", tmp_path / "volume")
+    assert_same(load(tmp_path / "volume"), load_once(run_of("next_frame")))
+    assert {path.name for path in (tmp_path / "volume").iterdir()} == FILES | {"lost+found"}
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+
+
+def test_a_link_to_nothing_is_found_out_before_the_export(run_of, export, tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="link is a link to nowhere"):
+        export(run_of("next_frame"), "--out", tmp_path / "link")

@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from dreamer4.config import differences
 from dreamer4.data import episodes
 from dreamer4.data.columns import LATENT, read_record
 from dreamer4.data.episodes import EpisodeStore, Schema
+from dreamer4.data.formats.h5 import open_h5
 from dreamer4.data.formats.h5_export import write_h5
 from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
@@ -86,6 +88,19 @@ def test_tensorstore_does_without_what_the_file_system_lacks(tmp_path, folder_sy
     assert asked() == {"file_io_locking": {"mode": "none"}, "file_io_sync": True}
     folder_sync(errno.EINVAL)
     assert asked()["file_io_sync"] is False
+
+
+def test_without_locks_an_hdf5_file_is_read(tmp_path, monkeypatch):
+    write_h5(EpisodeStore(write_store(tmp_path / "store", {"a": 12})), tmp_path / "a.h5")
+    real = h5py.File
+
+    def opened(path, mode, locking=None):
+        if locking is not False:
+            raise OSError(errno.ENOLCK, "unable to lock file, errno = 37, error message = 'No locks available'")
+        return real(path, mode, locking=locking)
+
+    monkeypatch.setattr(h5py, "File", opened)
+    assert [recording.frames for recording in open_h5(tmp_path / "a.h5").recordings] == [12]
 
 
 # ----- paths -----

@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from dreamer4.batch import ActionComponent
 from dreamer4.data.episodes import Episode, EpisodeStore, Schema
 from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
+from dreamer4.train import cli
 from stores import write_store
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "inspect_data.py"
@@ -27,6 +29,20 @@ def script():
 
 def run(script, *arguments):
     script.inspect(tyro.cli(script.Options, args=list(map(str, arguments))))
+
+
+def test_a_read_only_data_set_is_described(script, tmp_path, capsys, monkeypatch):
+    def read_only(folder):
+        raise OSError(errno.EROFS, f"Read-only file system: {folder}")
+
+    path = write_store(tmp_path / "a", {f"e{i}": 6 for i in range(30)}, (16, 24))
+    monkeypatch.setattr(cli, "check_writable", read_only)
+    run(script, path)
+    shown = capsys.readouterr().out
+    assert "180 of 16x24x3" in shown
+    assert "--out FOLDER" in shown
+    assert "done" not in shown
+    assert not (path / "inspection").exists()
 
 
 def test_a_data_set_is_described_and_drawn(script, tmp_path, capsys):

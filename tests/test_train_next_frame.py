@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import importlib
 import json
 import shutil
@@ -14,6 +15,7 @@ from dreamer4.data.toy import ToyConfig
 from dreamer4.data.toy_recordings import write_toy_recordings
 from dreamer4.errors import UserError
 from dreamer4.runs import load_next_frame
+from dreamer4.train import cli
 from dreamer4.train import fit as fit_module
 from dreamer4.train.checkpoint import find, restore_params
 from dreamer4.train.cli import choose_preset
@@ -187,6 +189,10 @@ def test_a_dry_run_counts_and_leaves_nothing(scripts, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def read_only(folder):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
 def test_its_dreams_are_evaluated(scripts, finished, tmp_path, capsys):
     out = tmp_path / "evaluation"
     run = finished / "runs" / "next_frame_debug"
@@ -194,6 +200,14 @@ def test_its_dreams_are_evaluated(scripts, finished, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(finished)
         scripts.evaluate.evaluate(options)
+        capsys.readouterr()
+        patch.setattr(cli, "check_writable", read_only)
+        scripts.evaluate.evaluate(dataclasses.replace(options, out=None))
+    said = capsys.readouterr().out
+    assert "PSNR" in said
+    assert f"{run / 'evaluation'} cannot be written (Read-only file system): figures are printed" in said
+    assert "done" not in said
+    assert not (run / "evaluation").exists()
     report = json.loads((out / "evaluation.json").read_text())
     assert "tokenizer" not in report
     (figures,) = report["k"].values()

@@ -20,6 +20,20 @@ from noise_worlds import KINDS
 CONTEXT, LENGTH = 3, 4
 
 
+def test_home_is_known(monkeypatch):
+    found = []
+
+    def stop(path):
+        found.append(path)
+        raise UserError("enough")
+
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(world_module, "load_trained", stop)
+    with pytest.raises(UserError, match="enough"):
+        load("~/runs/x")
+    assert [str(path) for path in found] == ["/home/me/runs/x"]
+
+
 @pytest.fixture(scope="module")
 def worlds(run_of):
     """By kind."""

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dreamer4.errors import UserError
-from dreamer4.train.environment import prepare_process, write_environment
+from dreamer4.files import check_linked, check_writable
+from dreamer4.train.environment import explain, output_that_may_go, prepare_process, write_environment
 from dreamer4.train.fit import Source, Stopped, TrainConfig, fit
 from dreamer4.train.logging import Sink, TensorBoard, WandB
 from dreamer4.train.optimizer import Optimizers
@@ -26,6 +27,29 @@ from dreamer4.train.state import Objective
 
 Config = TypeVar("Config")
 DEFAULT_PRESET = "toy"
+FLAGS = tyro.constructors.ConstructorRegistry()
+"""How flags are read, where it is not tyro's own way."""
+
+
+@FLAGS.primitive_rule
+def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    """Paths with ``~`` for the user's folder, which a shell leaves as it is in ``--out=~/x``."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: _expanded(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
+def _expanded(word: str) -> Path:
+    try:
+        return Path(word).expanduser()
+    except RuntimeError as error:  # no such user
+        raise ValueError(f"{word}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +81,8 @@ def choose_preset(
         raise UserError(f"preset: {arguments[0]!r} found; {hint}")
     if late := [name for name in arguments[1:] if name in presets and arguments[0] == default]:
         raise UserError(f"preset: {late[0]!r} found after the flags; the preset comes first")
-    return tyro.extras.overridable_config_cli(dict(presets), args=arguments)
+    with FLAGS:
+        return tyro.extras.overridable_config_cli(dict(presets), args=arguments)
 
 
 def open_run(options: RunOptions, resolved: dict[str, Any]) -> AbstractContextManager[RunFolder]:
@@ -112,13 +137,41 @@ def progress_bar(*columns: str) -> Progress:
     )
 
 
+def results_folder(asked: Path | None, default: Path) -> Path | None:
+    """The folder that results go to, made before the work: the one ``asked`` for with --out, or else ``default``; where
+    that cannot be written, None, which is said: what is printed needs no folder. Raises UserError for one asked for."""
+    folder = default if asked is None else asked
+    check_linked(folder, "out")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out: {folder} is a file, a folder expected")
+    try:
+        check_writable(folder)
+    except OSError as error:
+        if asked is not None:
+            raise UserError(f"out: {folder} cannot be written ({error.strerror})") from None
+        print(f"{folder} cannot be written ({error.strerror}): figures are printed, --out FOLDER keeps them")
+        return None
+    return folder
+
+
 def main(run: Callable[[], Any], compilation_cache: bool = True) -> None:
     """Runs an experiment: a ``UserError`` ends it with its sentence and status 2, a signal with its own status."""
     prepare_process(compilation_cache)
+    with output_that_may_go(), FLAGS:
+        _run(run)
+
+
+def _run(run: Callable[[], Any]) -> None:
     try:
         if os.environ.get("JAX_COORDINATOR_ADDRESS"):  # one of several hosts
             jax.distributed.initialize()
-        run()
+        try:
+            run()
+            sys.stdout.flush()  # while an error of it can still be told
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if (sentence := explain(error)) is None:
+                raise
+            raise UserError(sentence) from error
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,12 +1,20 @@
 """The process a run lives in: how it is set up, and what it was made of."""
 
+import contextlib
 import ctypes
+import errno
+import functools
 import importlib.metadata
+import io
 import json
 import logging
 import os
 import platform
+import re
 import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +23,7 @@ import jax
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "dreamer4-jax")
+_DAMAGED_ENTRY = re.compile(r"Error reading persistent compilation cache entry for '(.+?)':")
 _log = logging.getLogger(__name__)
 
 
@@ -23,13 +32,67 @@ def prepare_process(compilation_cache: bool = True) -> None:
 
     To be called before jax first computes: its threads keep the memory arenas that they started with.
     ``JAX_COMPILATION_CACHE_DIR`` and ``XDG_CACHE_HOME`` are respected; a folder that cannot be written is passed over
-    with a warning.
+    with a warning, and damaged entries are removed.
     """
     _keep_freed_memory()
     if compilation_cache:
         _cache_compilations()
     else:
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+def explain(error: Exception) -> str | None:
+    """The sentence for an error that follows from how jax was set up, by its environment variables; None for others."""
+    if platforms := getattr(jax.config, "jax_platforms", None):
+        try:
+            jax.devices()
+        except Exception as reason:  # of several classes, between versions
+            found = f" ({reason})" if str(reason) else ""
+            return f"JAX_PLATFORMS: {platforms!r} found, but no such device can be used{found}; unset it to use any"
+    words = str(error)
+    if "jax_numpy_rank_promotion" in words:
+        return "JAX_NUMPY_RANK_PROMOTION: 'raise' found, 'allow' or 'warn' expected, since models add biases"
+    if re.search(r"Disallowed \S+ transfer", words):
+        return f"JAX_TRANSFER_GUARD: {words.partition(':')[2].strip()}; 'allow' or 'log' expected"
+    return None
+
+
+@contextlib.contextmanager
+def output_that_may_go() -> Iterator[None]:
+    """While it lasts, what is printed goes nowhere once its reader has gone, as in ``| head -1`` or after a terminal
+    was closed: what is printed is not the work."""
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in before.items():
+        if stream is not None and stream is getattr(sys, f"__{name}__"):  # not what a notebook or a test put there
+            setattr(sys, name, _forgiving(stream))
+    try:
+        yield
+    finally:
+        for name, stream in before.items():
+            with contextlib.suppress(OSError):
+                getattr(sys, name).flush()
+            setattr(sys, name, stream)
+
+
+def _forgiving(stream: Any) -> io.TextIOWrapper:
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class _Output(io.FileIO):
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return len(data)
 
 
 def describe() -> dict[str, Any]:
@@ -75,10 +138,25 @@ def _cache_compilations() -> None:
         _log.warning("compilations are not kept for the next start: %s", error)
         jax.config.update("jax_enable_compilation_cache", False)
         return
+    if "://" not in folder:
+        warnings.showwarning = functools.partial(_remove_damaged, Path(folder), warnings.showwarning)
     jax.config.update("jax_compilation_cache_dir", folder)
     # A run starts with dozens of small compilations; by default jax keeps only those of more than a second.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _remove_damaged(folder: Path, show: Callable[..., None], message: Any, *rest: Any, **named: Any) -> None:
+    """Removes what jax warns of: it compiles such a program anew, but keeps it only where there is no entry. The
+    warning names the program, of which there may be several entries."""
+    if not (found := _DAMAGED_ENTRY.match(str(message))):
+        show(message, *rest, **named)
+        return
+    for entry in folder.iterdir():
+        if entry.name.startswith(f"{found[1]}-"):
+            with contextlib.suppress(OSError):
+                entry.unlink()
+    _log.warning("%s: a damaged compilation of %s is removed and made anew", folder, found[1])
 
 
 def _writable(folder: Path) -> str:

@@ -6,6 +6,7 @@ The manifest holds the step, and the size and SHA-256 of the other two; what els
 such folder) is not its concern.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def write_exported(folder: Path, params: PyTree, config: dict[str, Any], step: i
     # In C order, which the format has and its writer does not see to.
     arrays = {name: np.array(leaf, order="C") for name, leaf in named_leaves(params).items()}
     save_file(arrays, folder / PARAMETERS)
-    (folder / PARAMETERS).chmod((folder / _CONFIG).stat().st_mode)  # its writer lets nobody else read it
+    with contextlib.suppress(OSError):  # on file systems without modes
+        (folder / PARAMETERS).chmod((folder / _CONFIG).stat().st_mode)  # its writer lets nobody else read it
     seal(folder, {"step": step})
 
 

@@ -37,6 +37,9 @@ Split = Literal["train", "validation", "test"]
 # split the run's key itself: split(key)[i] is fold_in(key, i), the key of step i.
 START, DATA, EVALUATION = 2**31, 2**31 + 1, 2**31 + 2
 
+# Of a user, of a terminal that is closed, and of batch systems before a job's time is over.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -184,7 +187,8 @@ def fit(
     with a leading ``-`` the lowest. ``open_sinks`` is told the step that the run goes on from and opens what else shall
     receive the metrics.
 
-    Raises ``UserError`` where training cannot go on, and ``Stopped`` after SIGTERM or SIGINT, with the state saved.
+    Raises ``UserError`` where training cannot go on, and ``Stopped`` after one of ``STOP_SIGNALS``, with the state
+    saved.
     """
     # First, since data that holds no such clips should say so before anything is compiled or written.
     clips = source.clips("validation", config.eval_clips, config.eval_length)
@@ -360,7 +364,8 @@ class _Loop:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT while it lasts, for the loop to end after its step; a second SIGINT ends at once."""
+    """Collects the signals that ask for an end while it lasts, for the loop to end after its step; a second SIGINT ends
+    at once. A SIGHUP that is ignored, as under nohup, stays so."""
     received: list[int] = []
 
     def receive(signum: int, frame: Any) -> None:
@@ -371,7 +376,8 @@ def _stop_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {s: signal.signal(s, receive) for s in (signal.SIGTERM, signal.SIGINT)}
+    asked = [s for s in STOP_SIGNALS if s is signal.SIGINT or signal.getsignal(s) is not signal.SIG_IGN]
+    before = {s: signal.signal(s, receive) for s in asked}
     try:
         yield received
     finally:

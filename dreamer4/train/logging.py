@@ -109,6 +109,23 @@ class MetricsLog:
         self._file.close()
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; none where there is no such file. The last one is left out where it is torn, as
+    a kill or a full disk leaves it. Raises UserError for another that cannot be read."""
+    records: list[dict[str, Any]] = []
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is not a line of metrics") from None
+        records.append(record)
+    return records
+
+
 class TensorBoard:
     """Metrics as TensorBoard scalars and histograms in ``folder``; events after ``resumed_at`` are struck out.
 

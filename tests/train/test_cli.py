@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import os
 import signal
 import sys
 from pathlib import Path
@@ -6,11 +8,13 @@ from typing import Annotated
 
 import pytest
 import tyro
+from rich.console import Console
 
 from dreamer4.errors import UserError
-from dreamer4.train import cli
-from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_sinks
+from dreamer4.train import cli, environment
+from dreamer4.train.cli import RunOptions, choose_preset, main, open_run, open_sinks, results_folder
 from dreamer4.train.fit import Stopped
+from dreamer4.train.logging import Progress
 from dreamer4.train.run_folder import RunFolder, set_aside
 
 
@@ -161,3 +165,95 @@ def test_only_a_run_is_set_aside(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the run there cannot be renamed"):
         set_aside(Path())
     assert (tmp_path / "x" / "config.json").exists()
+
+
+# ----- paths -----
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    run: RunOptions
+    data: Path | None = None
+    more: tuple[Path, ...] = ()
+
+
+def test_home_is_known_to_every_flag(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(cli, "prepare_process", lambda *_: None)
+    places = Places(RunOptions(Path("/home/me/x")), Path("/home/me/y"), (Path("/home/me"), Path("z~")))
+    arguments = ["--run.run-dir=~/x", "--data", "~/y", "--more", "~", "z~"]
+    assert choose_preset({"toy": ("", Places(RunOptions(Path("a"))))}, arguments) == places
+    found = []
+    main(lambda: found.append(tyro.cli(Places, args=arguments)))
+    assert found == [places]
+
+
+def read_only(*_: object) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_results_have_a_folder_before_the_work(tmp_path):
+    assert results_folder(None, tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert results_folder(tmp_path / "c", tmp_path / "d") == tmp_path / "c"
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "c"}
+    assert not list((tmp_path / "c").iterdir())
+
+
+def test_a_read_only_run_needs_no_folder_for_figures_that_are_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "check_writable", read_only)
+    assert results_folder(None, tmp_path / "run") is None
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/run cannot be written (Read-only file system): figures are printed, --out FOLDER keeps them\n"
+    )
+    with pytest.raises(UserError, match=r"out: .*asked cannot be written \(Read-only file system\)"):
+        results_folder(tmp_path / "asked", tmp_path / "run")
+
+
+def test_a_folder_for_results_is_no_file_and_no_link_to_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="file is a file, a folder expected"):
+        results_folder(tmp_path / "file", tmp_path)
+    with pytest.raises(UserError, match="link is a link to nowhere"):
+        results_folder(None, tmp_path / "link" / "evaluation")
+
+
+# ----- output -----
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_the_work_goes_on_when_whoever_read_its_output_has_gone(monkeypatch, name):
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:  # noqa: PTH123 (of a descriptor)
+        os.close(reader)
+        monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, f"__{name}__", stream)
+        monkeypatch.setattr(cli, "prepare_process", lambda *_: None)
+        done = []
+
+        def work() -> None:
+            for step in range(3):
+                print("step", step, file=getattr(sys, name), flush=True)
+                done.append(step)
+            console = Console(stderr=name == "stderr")
+            with Progress(1, console=console, interval=0.0) as progress:
+                progress.update(1, {})
+                done.append("progress")
+
+        main(work)
+        assert done == [0, 1, 2, "progress"]
+        assert getattr(sys, name) is stream
+
+
+def test_a_disk_full_under_the_output_is_not_passed_over():
+    with environment._Output("/dev/full", "w") as output, pytest.raises(OSError, match="No space left"):
+        output.write(b"x")
+
+
+def test_what_jax_was_set_up_for_and_cannot_do_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "prepare_process", lambda *_: None)
+    monkeypatch.setattr(cli, "explain", lambda error: f"JAX_PLATFORMS: {error}")
+    with pytest.raises(SystemExit) as end:
+        main(lambda: _raise(AssertionError("no such device")))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: JAX_PLATFORMS: no such device\n"

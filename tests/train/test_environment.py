@@ -2,13 +2,18 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dreamer4.train import environment
-from dreamer4.train.environment import describe, prepare_process
+from dreamer4.train.environment import describe, explain, prepare_process
 
 PROGRAM = """
 import resource
@@ -103,3 +108,66 @@ def test_the_commit_is_told_and_whether_it_was_changed(tmp_path, monkeypatch):
     assert describe()["git"] == {"commit": commit, "dirty": False}
     module.write_text("second")
     assert describe()["git"] == {"commit": commit, "dirty": True}
+
+
+# ----- how jax was set up -----
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'cuda'")])
+def test_a_platform_that_is_not_there_is_named(monkeypatch, error):
+    def devices():
+        raise error
+
+    there = SimpleNamespace(config=SimpleNamespace(jax_platforms="cuda"), devices=devices)
+    monkeypatch.setattr(environment, "jax", there)
+    sentence = explain(error)
+    assert sentence is not None
+    assert sentence.startswith("JAX_PLATFORMS: 'cuda' found, but no such device can be used")
+    assert str(error) in sentence
+
+
+def error_of(call) -> Exception:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        call()
+    return caught.value
+
+
+def test_settings_of_jax_that_no_model_runs_under_are_named():
+    with jax.numpy_rank_promotion("raise"):
+        error = error_of(lambda: jnp.ones((2, 3)) + jnp.ones(3))
+    assert str(explain(error)).startswith("JAX_NUMPY_RANK_PROMOTION: 'raise' found, 'allow' or 'warn' expected")
+    with jax.transfer_guard("disallow"):
+        error = error_of(lambda: jax.jit(lambda x: x + 1)(np.ones(3)))
+    assert str(explain(error)).startswith("JAX_TRANSFER_GUARD: Disallowed host-to-device transfer")
+    assert explain(ValueError("a mistake of ours")) is None
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5])
+def test_a_damaged_compilation_is_removed_and_made_anew(tmp_path, monkeypatch, kept_compilations, caplog, keep):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    compilation_cache.reset_cache()
+
+    def double(x):
+        return x * 2
+
+    def twice() -> bytes:
+        jax.clear_caches()
+        assert jax.jit(double)(np.float32(3)) == 6
+        (entry,) = tmp_path.glob("jit_double-*-cache")
+        return entry.read_bytes()
+
+    sound, (entry,) = twice(), tmp_path.glob("jit_double-*-cache")
+    (tmp_path / "jit_doubles-0-cache").write_bytes(b"another program's")
+    entry.write_bytes(sound[: int(len(sound) * keep)])
+    monkeypatch.setattr(environment, "_keep_freed_memory", lambda: None)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    others = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: others.append(str(message))
+        prepare_process()
+        assert abs(len(twice()) - len(sound)) < 100  # the time that it took is part of it
+        warnings.warn("something else", stacklevel=1)
+    assert "a damaged compilation of jit_double is removed" in caplog.text
+    assert (tmp_path / "jit_doubles-0-cache").exists()
+    assert others == ["something else"]

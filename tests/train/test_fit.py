@@ -20,7 +20,7 @@ import pytest
 from dreamer4.batch import Batch, BatchSpec, fake_batch
 from dreamer4.errors import UserError
 from dreamer4.train import fit as fit_module
-from dreamer4.train.fit import Stopped, TrainConfig, data_key, fit, make_program
+from dreamer4.train.fit import STOP_SIGNALS, Stopped, TrainConfig, data_key, fit, make_program
 from dreamer4.train.logging import MEMORY, WALL_CLOCK
 from dreamer4.train.optimizer import OptimizerConfig, Optimizers
 from dreamer4.train.run_folder import RunFolder
@@ -302,10 +302,26 @@ def test_metrics_without_their_checkpoints_never_lead_to_a_fresh_start(whole, tm
 
 
 def test_the_handlers_of_signals_are_put_back(tmp_path):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(s) for s in STOP_SIGNALS]
     with pytest.raises(Stopped, match="SIGINT"):
         train(tmp_path, at={1: lambda: os.kill(os.getpid(), signal.SIGINT)})
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [signal.getsignal(s) for s in STOP_SIGNALS] == before
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_a_closed_terminal_and_a_batch_system_end_a_run_as_a_termination_does(whole, tmp_path, name):
+    with pytest.raises(Stopped, match=f"stopped by {name}; step 4 is saved"):
+        train(tmp_path, at={3: lambda: os.kill(os.getpid(), getattr(signal, name))})
+    assert "4" in saved(tmp_path)
+    assert_same(train(tmp_path), whole[1])
+
+
+def test_a_closed_terminal_does_not_end_a_run_under_nohup(whole, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert_same(train(tmp_path, at={3: lambda: os.kill(os.getpid(), signal.SIGHUP)}), whole[1])
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):

@@ -14,7 +14,16 @@ from rich.console import Console
 
 from dreamer4.errors import UserError
 from dreamer4.train import logging as train_logging
-from dreamer4.train.logging import MEMORY, WALL_CLOCK, MetricsLog, Progress, TensorBoard, WandB, memory
+from dreamer4.train.logging import (
+    MEMORY,
+    WALL_CLOCK,
+    MetricsLog,
+    Progress,
+    TensorBoard,
+    WandB,
+    memory,
+    read_metrics,
+)
 
 
 class Clock:
@@ -277,3 +286,15 @@ def test_a_resumed_run_reckons_the_time_to_go_from_its_own_steps(clock):
         clock.now += 9
         progress.update(910, {})
     assert "1:30 to go" in text(console)
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "sec', "3", '{"seconds": 1}'])
+def test_metrics_are_read_without_a_torn_last_line(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    lines = [{"step": 1, "seconds": 1.5}, {"step": 2, "seconds": 2.5}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+    assert read_metrics(path) == lines
+    path.write_text(f"{torn}\n" + json.dumps(lines[0]) + "\n")
+    with pytest.raises(UserError, match="line 1 is not a line of metrics"):
+        read_metrics(path)

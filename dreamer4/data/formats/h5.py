@@ -111,12 +111,23 @@ def _opened(path: Path) -> Iterator[Any]:
     """The file, to read; whatever is wrong with it becomes the user's."""
     h5py = import_h5py()
     try:
-        with h5py.File(path, "r") as file:
+        with _open(h5py, path) as file:
             yield file
     except UserError:
         raise
     except Exception as e:  # what h5py raises on damaged files is of no common class
         raise UserError(f"{path} cannot be read: {_words(e)}") from None
+
+
+def _open(h5py: Any, path: Path) -> Any:
+    try:
+        return h5py.File(path, "r")
+    except BlockingIOError:  # another process writes it
+        raise
+    except OSError as error:
+        if "unable to lock file" not in str(error):
+            raise
+        return h5py.File(path, "r", locking=False)  # its file system has no locks
 
 
 def _words(error: Exception) -> str:
