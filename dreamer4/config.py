@@ -3,8 +3,9 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from dreamer4.errors import UserError
 from dreamer4.files import same_path
@@ -14,6 +15,9 @@ Config = TypeVar("Config")
 ADDED = {"added": True}
 """``metadata`` of a field that runs were made without: JSON leaves it out where it has its default, as before there was
 such a field, so that those runs go on."""
+
+Precision = Literal["float32", "bfloat16"]
+"""What layers compute in; parameters, losses and optimizers are float32 in either."""
 
 
 def to_json(config: Any) -> Any:
@@ -77,6 +81,74 @@ def at_least(bound: int, config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value >= bound:
             raise UserError(f"{name}: {value} found, {bound} or more expected")
+
+
+def leaves(config: Any, where: str = "") -> dict[str, Any]:
+    """The values of a configuration by their dotted paths; a dataclass is one path for each of its fields."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return {where: config}
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        found |= leaves(getattr(config, field.name), f"{where}.{field.name}" if where else field.name)
+    return found
+
+
+def unread(config: Any, where: str = "") -> dict[str, str]:
+    """What nothing reads as ``config`` stands, and while what holds: ``{dotted path: condition}``.
+
+    A dataclass says so of its fields, or of fields of its parts, by a method ``unread`` without arguments.
+    """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return {}
+    prefix, of_its_own = f"{where}." if where else "", getattr(config, "unread", dict)
+    found = {prefix + path: condition for path, condition in of_its_own().items()}
+    for field in dataclasses.fields(config):
+        found |= unread(getattr(config, field.name), prefix + field.name)
+    return found
+
+
+def refuse_unread(config: Any, default: Any, conditions: Mapping[str, str] | None = None) -> None:
+    """Raises a ``UserError`` for a value of ``config`` that differs from that of ``default`` and that nothing reads.
+
+    ``default`` is what the user has started from, a preset: what is unread there and left alone misleads nobody.
+    ``conditions`` are those of ``unread(config)`` if not given; a path stands for all that lies under it.
+    """
+    conditions = unread(config) if conditions is None else conditions
+    before = leaves(default)
+    for path, value in leaves(config).items():
+        if path in before and before[path] == value:
+            continue
+        parts = path.split(".")
+        above = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        if covering := next((name for name in above if name in conditions), None):
+            raise UserError(f"{path}: {_shown(value)} found, but nothing reads it while {conditions[covering]}")
+
+
+def with_precision(config: Config) -> Config:
+    """``config`` with its ``precision``, where that is given, in place of every ``dtype`` in it, and then None itself:
+    a run is bound to what its layers compute in, however that was said."""
+    made: Any = config
+    return config if made.precision is None else dataclasses.replace(_with_dtype(made, made.precision), precision=None)
+
+
+def unread_precisions(config: Any) -> dict[str, str]:
+    """What nothing reads of a configuration whose ``precision`` is given: every ``dtype`` in it."""
+    if config.precision is None:
+        return {}
+    return {path: "precision is given" for path in leaves(config) if path.endswith(".dtype")}
+
+
+def _with_dtype(config: Any, dtype: Precision) -> Any:
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return config
+    parts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return dataclasses.replace(
+        config, **{n: dtype if n == "dtype" else _with_dtype(x, dtype) for n, x in parts.items()}
+    )
+
+
+def _shown(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

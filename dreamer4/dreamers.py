@@ -15,7 +15,7 @@ from dreamer4.models.video_tokenizer import reconstruct_video
 from dreamer4.rollout.denoise import check_steps
 from dreamer4.rollout.generate import DreamState, Generator
 from dreamer4.rollout.predict import PredictionState, Predictor
-from dreamer4.rollout.unmask import Unmasker, UnmaskState, schedule_counts
+from dreamer4.rollout.unmask import Schedule, Unmasker, UnmaskState, schedule_counts
 from dreamer4.runs import KINDS as TRAINERS
 from dreamer4.runs import (
     TrainedDynamics,
@@ -81,6 +81,13 @@ def most_steps(trained: Trained, asked: Sequence[int]) -> int | None:
     for k in asked:
         check_steps(k, trained.model.config.k_max)
     return trained.model.config.k_max
+
+
+def with_schedule(trained: Trained, schedule: Schedule) -> Trained:
+    """The same, setting masked codes by another ``schedule``. Raises UserError for what predicts no codes."""
+    if not isinstance(trained, TrainedMaskGIT):
+        raise UserError(f"schedule: {schedule} found, none expected: a world of {KINDS[type(trained)]} sets no codes")
+    return dataclasses.replace(trained, sampling=dataclasses.replace(trained.sampling, schedule=schedule))
 
 
 def static_steps(trained: Trained) -> bool:

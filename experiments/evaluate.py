@@ -25,13 +25,14 @@ from score_tables import finite, table, tabulate
 from steering import HELD, check_codes, follow, obedience, press, steer
 
 from dreamer4.batch import Batch
-from dreamer4.config import at_least, to_json
+from dreamer4.config import ADDED, at_least, refuse_unread, to_json
 from dreamer4.data.episodes import Split
-from dreamer4.dreamers import load, make_dreamer, most_steps, own_steps, static_steps
+from dreamer4.dreamers import load, make_dreamer, most_steps, own_steps, static_steps, with_schedule
 from dreamer4.errors import UserError
 from dreamer4.models.patches import to_float
 from dreamer4.nn.perceptual import Net, Params, available, load_weights, lpips
 from dreamer4.rollout.evaluation import Horizon, Scores, film
+from dreamer4.rollout.unmask import Schedule
 from dreamer4.runs import KINDS, run_kind
 from dreamer4.train.cli import main, results_folder
 from dreamer4.train.run_folder import write_atomically
@@ -75,6 +76,8 @@ class Options:
     """Network whose features LPIPS compares; its weights come with the extra ``perceptual``."""
     batch_size: int = 32
     """Clips that are dreamt at once: fewer take less memory."""
+    schedule: Schedule | None = dataclasses.field(default=None, metadata=ADDED)
+    """In which order and how many at a time masked codes are set, in place of the run's own. Runs of codes only."""
     out: Path | None = None
     """Folder for the results; where none is given, ``evaluation`` in the run's."""
 
@@ -93,6 +96,8 @@ def evaluate(options: Options) -> None:
         report_on_actions(options)
         return
     trained = load(options.run)
+    if options.schedule is not None:
+        trained = with_schedule(trained, options.schedule)
     steps = choose_steps(options.k, most_steps(trained, options.k))
     make = functools.partial(make_dreamer, trained)
     clips = held_out(trained, options.run, options.data, options.split, options.clips, horizon)
@@ -145,12 +150,9 @@ def evaluate(options: Options) -> None:
 
 def report_on_actions(options: Options) -> None:
     """The report on a run that dreams nothing. A ``UserError`` where it is asked for what only dreams have."""
-    for name, asked in (("k", options.k), ("codes", options.codes)):
-        if asked:
-            raise UserError(
-                f"{name}: {list(asked)} found, none expected: {options.run}, a run of {KINDS['latent_action']}, does"
-                " not dream"
-            )
+    read = {"run", "data", "clips", "seed", "out"}
+    why = f"{options.run} is a run of {KINDS['latent_action']}, which does not dream"
+    refuse_unread(options, Options(), dict.fromkeys({f.name for f in dataclasses.fields(options)} - read, why))
     report_latent_actions.report(
         report_latent_actions.Options(options.run, options.data, options.clips, seed=options.seed, out=options.out)
     )

@@ -34,7 +34,7 @@ def find_recordings(
     ``store`` is made of something else, and where one would have to be made in a ``dry_run``.
     """
     _check_folder(data, log)
-    if (data / "index.json").exists():
+    if is_data_set(data):
         return data
     if options.append:
         raise UserError("append: a run makes its data set whole; experiments/ingest.py adds to one, for --data")
@@ -54,12 +54,17 @@ def find_recordings(
     return store
 
 
+def is_data_set(data: Path) -> bool:
+    """Whether ``data`` is a data set already, of which none has to be made."""
+    return (data / "index.json").exists()
+
+
 def _check_folder(data: Path, log: str | None) -> None:
     """A ``UserError`` unless ``data`` is a folder with an index or a log."""
     expected = f"a data set (index.json) or a folder of recordings with their log ({log or LOG}) expected"
     if not data.is_dir():
         raise UserError(f"data: {f'{data} is a file' if data.exists() else f'there is no {data}'}, {expected}")
-    if (data / "index.json").exists():
+    if is_data_set(data):
         return
     if any(data.glob("*.jsonl")):
         find_log(data, log)  # which may be one of several

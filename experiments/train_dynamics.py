@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import train_tokenizer
 import tyro
@@ -17,7 +17,7 @@ from kept_corpus import FOLDER as CORPUS
 from kept_corpus import KeptCorpus, key_of
 
 from dreamer4.batch import Batch, BatchSpec, space_to_json
-from dreamer4.config import at_least, to_json
+from dreamer4.config import ADDED, Precision, at_least, to_json, unread_precisions, with_precision
 from dreamer4.data.latents import Encode, LatentSource, encode_corpus
 from dreamer4.data.loader import ActionChoice, StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
@@ -73,6 +73,8 @@ class Config:
     """Frames of a held-out clip that a dream starts from, and frames that it adds."""
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig(eval_length=24)
+    precision: Precision | None = dataclasses.field(default=None, metadata=ADDED)
+    """What all layers compute in; None for what each ``dtype`` says."""
 
     def __post_init__(self) -> None:
         at_least(0, self, "corpus")
@@ -80,6 +82,32 @@ class Config:
             raise UserError(f"latent_deviation: {self.latent_deviation} found, a number above 0 expected")
         check_steps(self.k, self.dynamics.k_max)
         self.horizon.check(self.train.eval_length)
+
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        found = unread_precisions(self) | unread_choices(self)
+        if self.latent_deviation is not None:
+            names = (f"dynamics.latent_{name}" for name in ("mean", "scale", "deviation"))
+            found |= dict.fromkeys(names, "latent_deviation is given, for which they are measured")
+        return found
+
+
+class DreamOptions(Protocol):
+    """What dynamics over latents and over codes are both told."""
+
+    data: Path | None
+    tokenizer: Path | None
+    actions: ActionChoice
+
+
+def unread_choices(config: DreamOptions) -> dict[str, str]:
+    """What nothing reads of data, actions and tokenizer, as ``dreamer4.config.unread`` has it."""
+    found = {"toy": "data is given"} if config.data else {}
+    if config.tokenizer:
+        found["tokenizer_preset"] = "tokenizer is given"
+    if config.actions == "latent":
+        found["label_fraction"] = "actions is latent, which all episodes have"
+    return found
 
 
 TOY = Config(
@@ -359,6 +387,7 @@ def step_flops(objective: ShortcutForcing, shape: tuple[int, int]) -> float:
 
 def train(config: Config) -> None:
     """One run, from its configuration to its final pictures."""
+    config = with_precision(config)
     if config.run.dry_run:
         dry_run(config)
         return

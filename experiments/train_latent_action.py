@@ -13,7 +13,7 @@ import tyro
 from train_tokenizer import PerceptualConfig, load_perceptual, open_data
 
 from dreamer4.batch import BatchSpec
-from dreamer4.config import to_json
+from dreamer4.config import ADDED, Precision, to_json, unread_precisions, with_precision
 from dreamer4.data.gray import GraySource
 from dreamer4.data.loader import StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
@@ -44,6 +44,19 @@ class Config:
     perceptual: PerceptualConfig = PerceptualConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    precision: Precision | None = dataclasses.field(default=None, metadata=ADDED)
+    """What all layers compute in; None for what each ``dtype`` says."""
+
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        found = unread_precisions(self) | ({"toy": "data is given"} if self.data else {})
+        if self.latent_action.quantizer == "fsq":
+            found["weights.quantizer"] = "latent_action.quantizer is fsq, which has no loss"
+        if not self.weights.changed:
+            found["weights.reach"] = "weights.changed is 0"
+        if self.perceptual.net == "off":
+            found |= dict.fromkeys(("perceptual.weights", "weights.perceptual"), "perceptual.net is off")
+        return found
 
 
 TOY = Config(
@@ -55,13 +68,7 @@ TOY = Config(
     ),
     weights=LatentActionWeights(warmup=0.1),
     optimizer=OptimizerConfig(
-        name="muon",
-        learning_rate=1e-2,
-        adam_learning_rate=3e-3,
-        schedule="linear",
-        warmup_steps=50,
-        final_fraction=0.02,
-        weight_decay=0.0,
+        learning_rate=3e-3, schedule="linear", warmup_steps=50, final_fraction=0.02, weight_decay=0.0
     ),
     train=TrainConfig(steps=3000, batch_size=32, clip_length=3, eval_every=500, checkpoint_every=500, eval_length=9),
 )
@@ -145,7 +152,7 @@ TINYWORLDS = dataclasses.replace(
         ),
         fsq=FSQConfig((2, 2), rounding="symmetric"),
     ),
-    optimizer=dataclasses.replace(TOY.optimizer, learning_rate=5e-3, adam_learning_rate=1.5e-3),
+    optimizer=dataclasses.replace(TOY.optimizer, name="muon", learning_rate=5e-3, adam_learning_rate=1.5e-3),
     # The decoder looks back over the clip, so that it is evaluated at the ages that training shows.
     train=dataclasses.replace(TOY.train, steps=5000, eval_clips=128, eval_length=3),
 )
@@ -191,6 +198,7 @@ TINYWORLDS_DEBUG = dataclasses.replace(
         ),
         fsq=FSQConfig((2, 2), rounding="symmetric"),
     ),
+    optimizer=dataclasses.replace(TOY.optimizer, name="muon", learning_rate=1e-2, adam_learning_rate=3e-3),
 )
 """``uv run experiments/train_latent_action.py tinyworlds-debug``: as small as ``debug``, with the model of clips."""
 
@@ -242,6 +250,7 @@ def dry_run(objective: LatentActionLearning, source: Source, config: Config) -> 
 
 def train(config: Config) -> None:
     """One run, from its configuration to its final pictures."""
+    config = with_precision(config)
     source = make_source(config)
     objective, weights = make_objective(config, source.spec)
     if config.run.dry_run:

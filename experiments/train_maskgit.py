@@ -15,10 +15,10 @@ import train_tokenizer
 import tyro
 from kept_corpus import FOLDER as CORPUS
 from kept_corpus import KeptCorpus, key_of
-from train_dynamics import check_frames
+from train_dynamics import check_frames, unread_choices
 
 from dreamer4.batch import BatchSpec, space_to_json
-from dreamer4.config import at_least, to_json
+from dreamer4.config import ADDED, Precision, at_least, to_json, unread_precisions, with_precision
 from dreamer4.data.episodes import read_index
 from dreamer4.data.latents import LatentSource, encode_corpus
 from dreamer4.data.loader import ActionChoice, StoreSource
@@ -66,10 +66,18 @@ class Config:
     """Frames of a held-out clip that a dream starts from, and frames that it adds."""
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig(eval_length=24)
+    precision: Precision | None = dataclasses.field(default=None, metadata=ADDED)
+    """What all layers compute in; None for what each ``dtype`` says."""
 
     def __post_init__(self) -> None:
         at_least(0, self, "corpus")
         self.horizon.check(self.train.eval_length)
+
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        found = unread_precisions(self) | unread_choices(self)
+        alone = self.maskgit.transformer.experts == 1
+        return found | ({"masking.balance_weight": "maskgit.transformer.experts is 1"} if alone else {})
 
 
 TOY = Config(
@@ -252,6 +260,7 @@ def step_flops(objective: MaskedTokens, shape: tuple[int, int]) -> int:
 
 def train(config: Config) -> None:
     """One run, from its configuration to its final pictures."""
+    config = with_precision(config)
     if config.run.dry_run:
         dry_run(config)
         return

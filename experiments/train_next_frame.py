@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from recordings_data import find_recordings
+from recordings_data import find_recordings, is_data_set
 from train_tokenizer import PerceptualConfig, load_perceptual
 
 from dreamer4.batch import ActionComponent, BatchSpec, space_to_json
-from dreamer4.config import at_least, from_json, to_json
+from dreamer4.config import ADDED, Precision, at_least, from_json, to_json, unread_precisions, with_precision
 from dreamer4.data.ingest import IngestOptions
 from dreamer4.data.loader import ActionChoice, StoreSource, check_data
 from dreamer4.data.toy import ToyConfig
@@ -78,6 +78,12 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, b1=0.5, weight_decay=0.0)
     train: TrainConfig = TrainConfig(clip_length=2, eval_length=17)
+    log: str | None = dataclasses.field(default=None, metadata=ADDED)
+    """Name of a recording's log; recording_log.jsonl, or the only .jsonl there is, where not given."""
+    gap_seconds: float = dataclasses.field(default=1.0, metadata=ADDED)
+    """Frames of a recording further apart do not follow each other."""
+    precision: Precision | None = dataclasses.field(default=None, metadata=ADDED)
+    """What all layers compute in; None for what each ``dtype`` says."""
 
     def __post_init__(self) -> None:
         self.horizon.check(self.train.eval_length)
@@ -87,6 +93,20 @@ class Config:
                     f"train.clip_length: {frames} found, {self.loss.steps_ahead + 1} or more expected to predict"
                     f" {self.loss.steps_ahead} ahead"
                 )
+
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        found = unread_precisions(self)
+        if is_data_set(self.data):
+            found |= dict.fromkeys(("ingest", "log", "gap_seconds"), f"{self.data} is a data set, and no recording")
+        if not self.loss.perceptual:
+            found["perceptual"] = "loss.perceptual is 0"
+        elif self.perceptual.net == "off":
+            found["perceptual.weights"] = "perceptual.net is off"
+        if not self.adversarial:
+            names = ("discriminator", "adversary", "discriminator_optimizer")
+            found |= dict.fromkeys(names, "adversarial is off")
+        return found
 
 
 TOY = Config(
@@ -182,7 +202,14 @@ def make_source(config: Config) -> StoreSource:
         print(f"{config.data}: there is none, recording {config.record.frames} frames of the toy world", flush=True)
         c = config.record
         write_toy_recordings(config.data, c.frames, c.toy, c.stretch, config.train.seed, c.looks)
-    store = find_recordings(config.data, config.run.run_dir / "data", config.ingest, dry_run=config.run.dry_run)
+    store = find_recordings(
+        config.data,
+        config.run.run_dir / "data",
+        config.ingest,
+        log=config.log,
+        gap_seconds=config.gap_seconds,
+        dry_run=config.run.dry_run,
+    )
     return StoreSource(store, config.train.shapes, config.train.seed, actions=config.actions)
 
 
@@ -238,6 +265,7 @@ def dry_run(objective: NextFramePrediction, source: Source, config: Config) -> N
 
 def train(config: Config) -> None:
     """One run, from its configuration to its final pictures."""
+    config = with_precision(config)
     # Before the data set inside it is opened, which would be renamed under the reader's hands.
     if not (config.run.resume or config.run.dry_run) and (old := set_aside(config.run.run_dir)):
         print(f"the run that was in {config.run.run_dir} is now in {old}")

@@ -17,7 +17,7 @@ import train_maskgit
 import train_tokenizer
 import tyro
 
-from dreamer4.config import at_least
+from dreamer4.config import Precision, at_least
 from dreamer4.data.columns import read_record
 from dreamer4.data.toy_player import ToyPlayerConfig
 from dreamer4.errors import UserError
@@ -46,9 +46,15 @@ class Config:
     overwrite: bool = False
     """Replace the latent actions that the data set has of another model."""
     seed: int = 0
+    precision: Precision | None = None
+    """What all layers of all stages compute in; None for what their presets say."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "episodes", "tokenizer_steps", "latent_action_steps", "maskgit_steps")
+
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        return {} if self.record else {"episodes": "record is None: there is nothing to record them of"}
 
 
 PRESETS = {
@@ -151,7 +157,7 @@ def _stage(config: Config, preset: tuple[str, Any], name: str, steps: int | None
     stage = preset[1]
     options = dataclasses.replace(config.run, run_dir=config.run.run_dir / name)
     train = dataclasses.replace(stage.train, seed=config.seed, steps=steps or stage.train.steps)
-    return dataclasses.replace(stage, run=options, data=config.data, train=train)
+    return dataclasses.replace(stage, run=options, data=config.data, train=train, precision=config.precision)
 
 
 if __name__ == "__main__":

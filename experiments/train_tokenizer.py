@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dreamer4.batch import BatchSpec
-from dreamer4.config import to_json
+from dreamer4.config import ADDED, Precision, to_json, unread_precisions, with_precision
 from dreamer4.data.loader import ActionChoice, StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
 from dreamer4.errors import UserError
@@ -63,6 +63,17 @@ class Config:
     perceptual: PerceptualConfig = PerceptualConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    precision: Precision | None = dataclasses.field(default=None, metadata=ADDED)
+    """What all layers compute in; None for what each ``dtype`` says."""
+
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        found = unread_precisions(self) | ({"toy": "data is given"} if self.data else {})
+        found |= {"video_tokenizer": "model is latents"} if self.model == "latents" else {"tokenizer": "model is codes"}
+        if self.perceptual.net == "off":
+            names = ("perceptual.weights", "masking.perceptual_weight", "masking.perceptual_share")
+            found |= dict.fromkeys(names, "perceptual.net is off")
+        return found
 
 
 TOY = Config(
@@ -322,6 +333,7 @@ def dry_run(objective: MaskedAutoencoding, source: Source, config: Config) -> No
 
 def train(config: Config) -> None:
     """One run, from its configuration to its final pictures."""
+    config = with_precision(config)
     source = make_source(config)
     objective, weights = make_objective(config, source.spec)
     if config.run.dry_run:

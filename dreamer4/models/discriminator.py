@@ -39,6 +39,10 @@ class DiscriminatorConfig:
         if not self.channels or min(self.channels) < 1:
             raise UserError(f"channels: {self.channels} found, at least one number of 1 or more expected")
 
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        return {"norm": "channels has one number, and its first layer has no norm"} if len(self.channels) == 1 else {}
+
 
 class Discriminator(nn.Module):
     """Judges frames of ``height`` x ``width`` x ``frame_channels``, to which ``actions`` lead."""

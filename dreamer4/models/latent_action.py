@@ -68,6 +68,10 @@ class PairConfig:
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"tokens: {self.tokens} found, 1 or more expected")
 
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        return {"pool": "tokens is None"} if self.tokens is None else {}
+
 
 class Encoder(nn.Module):
     """Convolutions of stride 2, each with a norm and a ReLU; the first may be multiplied by another."""
@@ -256,6 +260,11 @@ class LatentActionConfig:
         width = (self.pair if self.model == "pair" else self.sequence).code_width
         if self.quantizer == "fsq" and width != len(self.fsq.levels):
             raise UserError(f"{self.model}.code_width: {width} found, {len(self.fsq.levels)} expected, as fsq.levels")
+
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        off = {"sequence": "model is pair"} if self.model == "pair" else {"pair": "model is sequence"}
+        return off | ({"fsq": "quantizer is vq"} if self.quantizer == "vq" else {"vq": "quantizer is fsq"})
 
     def build(self, height: int, width: int, channels: int) -> LatentActionModel:
         """The model for frames of this size."""

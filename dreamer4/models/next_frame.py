@@ -103,6 +103,19 @@ class NextFrameConfig:
         if self.skips and (self.tokenizer, self.decoder) != ("convolutions", "convolutions"):
             raise UserError("skips: found with a tokenizer or decoder without convolutions, which have none")
 
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        found = {}
+        if self.tokenizer == "patches":
+            found |= dict.fromkeys(("tokenizer_channels", "tokenizer_blocks"), "tokenizer is patches")
+        if self.decoder == "attention":
+            found |= dict.fromkeys(("decoder_channels", "decoder_blocks"), "decoder is attention")
+        else:
+            found["decoder_depth"] = f"decoder is {self.decoder}"
+        if "convolutions" not in (self.tokenizer, self.decoder):
+            found |= dict.fromkeys(("norm", "activation"), "neither tokenizer nor decoder is convolutions")
+        return found
+
 
 class NextFrame(nn.Module):
     """The next frame of ``height`` x ``width`` x ``channels`` from the current one under ``actions``."""

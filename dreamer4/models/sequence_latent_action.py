@@ -61,6 +61,10 @@ class SequenceConfig:
         if self.pool == "token" and self.transformer.time_every < 2:
             raise UserError("pool: token needs layers over space to see the patches, set time_every to 2 or more")
 
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        return {} if self.variance_weight else {"variance_target": "variance_weight is 0"}
+
 
 class SequenceLatentAction(nn.Module):
     """Encoder and decoder for clips of frames of ``height`` x ``width`` x ``channels``.

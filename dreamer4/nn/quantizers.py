@@ -56,6 +56,11 @@ class VQConfig:
                 f"decay and temperature: {self.decay} and {self.temperature} found, 0 to 1 and above 0 expected"
             )
 
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        found = {} if self.entropy else {"temperature": "entropy is 0"}
+        return found if self.codebook == "ema" else found | {"decay": f"codebook is {self.codebook}"}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

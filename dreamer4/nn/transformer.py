@@ -89,6 +89,11 @@ class TransformerConfig:
         if self.kernel == "tiled" and self.positions in ("alibi", "learned"):
             raise UserError(f"positions: {self.positions} found, rotary or none expected: the tiled kernel has no bias")
 
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        found = {"experts_per_token": "experts is 1"} if self.experts == 1 else {}
+        return found if self.time_every else found | {"context": "time_every is 0"}
+
     @property
     def head_width(self) -> int:
         return self.d_model // self.heads

@@ -44,6 +44,10 @@ class MaskingConfig:
         if not 0 <= self.ramp[0] <= self.ramp[1] <= 1:
             raise UserError(f"masking.ramp: {self.ramp} found, two rising shares of the run expected")
 
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        return {} if self.ceiling else {"ramp": "ceiling is 0"}
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskedAutoencoding:

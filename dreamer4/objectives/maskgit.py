@@ -55,6 +55,13 @@ class MaskedTokensConfig:
                 " expected, the second above 0, since masks are not to be empty"
             )
 
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        if self.drafts:
+            return dict.fromkeys(("whole", "clean_past", "horizon"), "drafts is on")
+        found = {} if self.clean_past else {"horizon": "clean_past is 0"}
+        return found if self.clean_past < 1 else found | {"whole": "clean_past is 1"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -65,6 +72,12 @@ class Sampling:
     temperature: float = 0.0
     noise: float = 0.0
     horizon: int = 1
+
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        if self.steps == 1:
+            return dict.fromkeys(("schedule", "noise"), "steps is 1, which sets all tokens at once")
+        return {"noise": "schedule is halton"} if self.schedule == "halton" else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +99,12 @@ class MaskedTokens:
             raise UserError(
                 f"masking.horizon: {self.config.horizon} frames at once found, fewer than the context of {context}"
                 " frames expected"
+            )
+        if self.config.drafts and self.sampling.horizon > 1:
+            raise UserError(
+                f"sampling.horizon: {self.sampling.horizon} frames at once found, 1 expected: with masking.drafts every"
+                " frame is learned from frames before it that are whole, never beside another new one; without drafts"
+                " masking.horizon trains it"
             )
         _ = self.unmasker  # what does not fit each other says so here
 

@@ -53,6 +53,11 @@ class ForcingConfig:
             if getattr(self, name) > 1:
                 raise UserError(f"forcing.{name}: {getattr(self, name)} found, 1 or less expected")
 
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        names = ("bootstrap_start", "bootstrap_every")
+        return {} if self.bootstrap_share else dict.fromkeys(names, "bootstrap_share is 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class Draw:

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dreamer4.config import refuse_unread
 from dreamer4.errors import UserError
 from dreamer4.files import check_linked, check_writable
 from dreamer4.train.environment import explain, output_that_may_go, prepare_process, write_environment
@@ -70,7 +71,8 @@ def choose_preset(
     presets: Mapping[str, tuple[str, Config]], arguments: Sequence[str] | None = None, default: str = DEFAULT_PRESET
 ) -> Config:
     """The configuration of the preset that the command line names first, ``default`` where it names none, with its
-    flags applied. ``presets`` gives each name a line of help and a configuration."""
+    flags applied. ``presets`` gives each name a line of help and a configuration. Raises UserError for a flag that
+    nothing reads (``refuse_unread``)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     asks_help = arguments[:1] in (["-h"], ["--help"])
     if not asks_help and (not arguments or arguments[0].startswith("-")):
@@ -82,7 +84,9 @@ def choose_preset(
     if late := [name for name in arguments[1:] if name in presets and arguments[0] == default]:
         raise UserError(f"preset: {late[0]!r} found after the flags; the preset comes first")
     with FLAGS:
-        return tyro.extras.overridable_config_cli(dict(presets), args=arguments)
+        config = tyro.extras.overridable_config_cli(dict(presets), args=arguments)
+    refuse_unread(config, presets[arguments[0]][1])
+    return config
 
 
 def open_run(options: RunOptions, resolved: dict[str, Any]) -> AbstractContextManager[RunFolder]:

@@ -110,6 +110,10 @@ class TrainConfig:
             if clips % self.accumulate:
                 raise UserError(f"train.accumulate: {self.accumulate} must divide the batch of {clips} clips")
 
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        return {} if self.long_every else {"long_length": "long_every is 0"}
+
     @property
     def shapes(self) -> tuple[Shape, ...]:
         """(clips, frames) of the batches, in turn."""

@@ -57,6 +57,19 @@ class OptimizerConfig:
             if getattr(self, name) > 1:
                 raise UserError(f"{name}: {getattr(self, name)} found, 1 or less expected")
 
+    def unread(self) -> dict[str, str]:
+        """See ``dreamer4.config.unread``."""
+        found = {}
+        if self.name != "muon":
+            found["adam_learning_rate"] = f"name is {self.name}"
+        if self.name == "sophia":
+            found |= {"b1": "name is sophia", "b2": "name is sophia"}
+        if self.schedule != "wsd":
+            found["decay_fraction"] = f"schedule is {self.schedule}"
+        if self.schedule == "constant":
+            found["final_fraction"] = "schedule is constant"
+        return found
+
 
 Optimizers = OptimizerConfig | Mapping[str, OptimizerConfig]
 """One optimizer for all parameters, or one for each of their top-level names."""
@@ -90,8 +103,9 @@ def make_optimizer(config: Optimizers, steps: int, cycle: int = 1) -> optax.Grad
 
     With a mapping each part of the parameters has all of these of its own (``by_part``).
 
-    Muon takes the matrices inside the scanned layers; embeddings and heads are Adam's, as Muon's authors advise. Sophia
-    asks its ``update`` for ``obj_fn``, the loss as a function of the parameters, which ``make_step`` gives to all.
+    Muon takes the matrices inside the scanned layers; embeddings and heads are Adam's, as Muon's authors advise. Its
+    ``init`` raises UserError for parameters without such layers. Sophia asks its ``update`` for ``obj_fn``, the loss as
+    a function of the parameters, which ``make_step`` gives to all.
     """
     if isinstance(config, Mapping):
         return by_part({name: make_optimizer(one, steps, cycle) for name, one in config.items()})
@@ -214,7 +228,13 @@ def _muon_or_adam(params: Any) -> Any:
         names = [str(getattr(part, "key", part)) for part in path]
         return "muon" if "blocks" in names and names[-1] == "kernel" else "adam"
 
-    return jax.tree_util.tree_map_with_path(label, params)
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    if "muon" not in jax.tree.leaves(labels):
+        raise UserError(
+            "optimizer.name: muon found, adamw expected: the parameters have no layers (blocks), whose matrices are all"
+            " that Muon takes, so that nothing would read optimizer.learning_rate"
+        )
+    return labels
 
 
 def _is_matrix(params: Any) -> Any:
