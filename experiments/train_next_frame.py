@@ -189,9 +189,35 @@ RECORDINGS = Config(
 """``uv run experiments/train_next_frame.py recordings --data my_recording``: 26.2 M parameters. ``benchmark.py
 next_frame`` measures it, 1.9 to 2.0 frames/s on two quiet cores (EPYC); it has not been trained here."""
 
+RECORDINGS_SMALL = dataclasses.replace(
+    TOY,
+    run=RunOptions(Path("runs/next_frame_recordings_small")),
+    data=RECORDINGS.data,
+    ingest=IngestOptions(resize="96x96"),
+    record=None,
+    next_frame=dataclasses.replace(
+        TOY.next_frame,
+        tokenizer_channels=(24, 48),
+        decoder_channels=(96, 48, 24),
+        registers=8,
+        transformer=dataclasses.replace(TOY.next_frame.transformer, d_model=192, depth=6, heads=6),
+    ),
+    train=TrainConfig(
+        steps=5000,
+        batch_size=16,
+        clip_length=2,
+        log_every=10,
+        eval_every=500,
+        checkpoint_every=250,
+        eval_clips=16,
+        eval_length=17,
+    ),
+)
+
 PRESETS = {
     "toy": ("a recording of a bouncing square that is written first, minutes on two cores (default)", TOY),
     "recordings": ("a recording in --data, brought to 256x256, at TinyDreams' own size", RECORDINGS),
+    "recordings-small": ("a recording in --data, brought to 96x96, for a laptop", RECORDINGS_SMALL),
     "debug": ("the smallest thing that trains, seconds", DEBUG),
 }
 

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import math
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tyro
 
+from dreamer4.dreamers import make_dreamer
 from dreamer4.errors import UserError
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.runs import load_dynamics
@@ -301,12 +303,51 @@ def test_a_run_that_is_missing_is_told(evaluate, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("name", ["k", "codes"])
-def test_a_run_of_latent_actions_cannot_dream(evaluate, tmp_path, name):
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (("--k", "2", "0"), "k: [2, 0]"),
+        (("--codes", "2", "0"), "codes: [2, 0]"),
+        (("--context", "4"), "context: 4"),
+        (("--horizon", "4"), "horizon: 4"),
+        (("--split", "test"), "split: test"),
+        (("--batch-size", "8"), "batch_size: 8"),
+        (("--perceptual-net", "vgg"), "perceptual_net: vgg"),
+        (("--schedule", "cosine"), "schedule: cosine"),
+    ],
+)
+def test_a_run_of_latent_actions_refuses_what_only_dreams_read(evaluate, tmp_path, arguments, found):
     (tmp_path / "config.json").write_text('{"latent_action": {}}')
-    assert refused(evaluate, tmp_path, f"--{name}", "2", "0") == (
-        f"{name}: [2, 0] found, none expected: {tmp_path}, a run of train_latent_action.py, does not dream"
+    assert refused(evaluate, tmp_path, *arguments) == (
+        f"{found} found, but nothing reads it while {tmp_path} is a run of train_latent_action.py, which does not dream"
     )
+
+
+def test_each_option_is_read_for_dreams_or_for_latent_actions_or_refused(scripts):
+    """A field that is added must be put on one side."""
+    fields = {f.name for f in dataclasses.fields(scripts.evaluate.Options)}
+    assert fields == {"run", "data", "clips", "seed", "out"} | {
+        "context", "horizon", "k", "codes", "split", "perceptual_net", "batch_size", "schedule"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "cosine", "halton"])
+def test_codes_are_set_by_the_schedule_asked_for(scripts, evaluate, run_of, monkeypatch, schedule):
+    seen = []
+
+    def stop(trained, *_):
+        seen.append(trained)
+        raise UserError("seen")
+
+    monkeypatch.setattr(scripts.evaluate, "held_out", stop)
+    assert refused(evaluate, run_of("maskgit"), "--schedule", schedule) == "seen"
+    assert make_dreamer(seen[0], 2).schedule == schedule
+
+
+@pytest.mark.parametrize(("kind", "made"), [("dynamics", "latents"), ("next_frame", "pixels")])
+def test_a_schedule_is_refused_where_no_codes_are_set(evaluate, run_of, kind, made):
+    sentence = refused(evaluate, run_of(kind), "--schedule", "halton")
+    assert sentence == f"schedule: halton found, none expected: a world of {made} sets no codes"
 
 
 def test_a_run_without_a_checkpoint_is_told(evaluate, tmp_path):
