@@ -64,13 +64,6 @@ class HandOver:
         return signature(traced), shapes
 
     @functools.cached_property
-    def batch(self) -> tuple[str, Any]:
-        traced, shapes = jax.make_jaxpr(
-            lambda sent, key: self.source.make(sent, key, self.source.shapes[0]), return_shape=True
-        )(self.sent[0], jax.random.key(0))
-        return signature(traced), shapes
-
-    @functools.cached_property
     def sent(self) -> list[Any]:
         """What the host sends for the first steps."""
         batches = self.source.batches(0)
@@ -80,19 +73,25 @@ class HandOver:
         return found
 
     @functools.cached_property
-    def data(self) -> str:
-        clips = self.source.clips("validation", self.train.eval_clips, self.train.eval_length)
-        return self.batch[0] + digest((self.sent, clips)) + repr(self.source.shapes)
+    def clips(self) -> Any:
+        return self.source.clips("validation", self.train.eval_clips, self.train.eval_length)
 
     @functools.cached_property
-    def clips(self) -> Any:
-        clips = self.source.clips("validation", 2, self.train.eval_length)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), clips)
+    def data(self) -> str:
+        shape = self.source.shapes[0]
+        made = trace(
+            lambda sent, key: jax.tree.leaves(self.source.make(sent, key, shape)), self.sent[0], jax.random.key(0)
+        )
+        return made + digest((self.sent, self.clips)) + repr(self.source.shapes)
 
     @functools.cached_property
     def loss(self) -> str:
-        (params, carry), step = self.start[1], jax.ShapeDtypeStruct((), jnp.int32)
-        return trace(self.objective.loss, params, carry, self.frozen, self.batch[1], jax.random.key(0), step)
+        (params, carry), shape, key = self.start[1], self.source.shapes[0], jax.random.key(0)
+
+        def loss(params: Any, carry: Any, frozen: Any, sent: Any, key: Any, step: Any) -> Any:
+            return self.objective.loss(params, carry, frozen, self.source.make(sent, key, shape), key, step)
+
+        return trace(loss, params, carry, self.frozen, self.sent[0], key, jax.ShapeDtypeStruct((), jnp.int32))
 
     @functools.cached_property
     def update(self) -> str:
@@ -118,13 +117,17 @@ class HandOver:
         )
         return made + digest(jax.random.key_data(self.program.init.args[0]))
 
+    @property
+    def some_clips(self) -> Any:
+        return jax.tree.map(lambda x: x[:2], self.clips)
+
     @functools.cached_property
     def pictures(self) -> str:
-        return trace(self.objective.pictures, self.start[1][0], self.frozen, self.clips, jax.random.key(0))
+        return trace(self.objective.pictures, self.start[1][0], self.frozen, self.some_clips, jax.random.key(0))
 
     @functools.cached_property
     def evaluate(self) -> str:
-        return trace(self.objective.evaluate, self.start[1][0], self.frozen, self.clips, jax.random.key(0))
+        return trace(self.objective.evaluate, self.start[1][0], self.frozen, self.some_clips, jax.random.key(0))
 
     def differs(self, other: "HandOver") -> bool:
         """Whether training from here and from there differ, the cheapest question first."""
@@ -238,7 +241,7 @@ _SIZES: dict[type, Callable[[Any], dict[str, Any]]] = {
 
 def values(path: str, value: Any, kind: Any, told: dict[str, Any]) -> list[Any]:
     """Other values of a field, of which one must make a difference. ``told`` has those of paths (or their ends) for
-    which the type does not say enough, or a function that makes them. Raises KeyError where there is no rule for a field."""
+    which the type does not say enough, or a function that makes them. Raises KeyError where a field has no rule."""
     return [x for x in _values(path, value, kind, told) if x != value]
 
 

@@ -1,7 +1,7 @@
 """Every value that can be configured is read, refused, or stands on the list below with its reason.
 
-``option_walk`` changes one value of a preset at a time. By default it changes the weights, shares and rates of a preset
-of each training command; the slow tests change every value of every preset, and train to see figures change.
+``option_walk`` changes one value of a preset at a time. By default it changes the weights, shares and rates of one
+preset; the slow tests change every value of every preset, and train to see figures change.
 """
 
 import contextlib
@@ -142,7 +142,7 @@ def listed(path):
     return bool(spans & LISTED.keys())
 
 
-def walk(script, base, others, chosen, heard):
+def walk(base, others, chosen, heard):
     """The fields of ``base`` among the ``chosen`` that nothing reads."""
     found = kinds(base)
     return [
@@ -166,23 +166,16 @@ def test_each_field_of_each_preset_has_another_value_or_stands_on_the_list(scrip
         assert all(listed(path) or values(path, value, types[path], others) for path, value in leaves(config).items())
 
 
-SHARED = ("toy.", "transformer.", "optimizer.", "train.")
-"""Parts that all commands have; one walk through them is enough by default."""
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_each_weight_and_rate_is_read(scripts, begin, script):
-    base, others = begin(script, "debug")
-    here, whole = trained_with(getattr(scripts, script), base), script == "train_tokenizer"
+def test_each_weight_and_rate_of_latent_actions_is_read(scripts, begin):
+    """The quickest of the walks; all others are slow."""
+    script = scripts.train_latent_action
+    base, others = begin("train_latent_action", "debug")
+    here = trained_with(script, base)
 
     def chosen(path, value):
-        rates = isinstance(value, float) or (isinstance(value, tuple) and isinstance(value[0], float))
-        return rates and (whole or not any(part in path for part in SHARED))
+        return isinstance(value, float) and not path.startswith("latent_action.sequence")
 
-    def heard(config):
-        return trained_with(getattr(scripts, script), config).differs(here)
-
-    assert walk(script, base, others, chosen, heard) == []
+    assert walk(base, others, chosen, lambda config: trained_with(script, config).differs(here)) == []
 
 
 @pytest.mark.slow
@@ -194,7 +187,7 @@ def test_each_field_of_each_preset_changes_the_program_or_its_data(scripts, begi
     def heard(config):
         return trained_with(getattr(scripts, script), config).differs(here)
 
-    assert walk(script, base, others, lambda path, value: True, heard) == []
+    assert walk(base, others, lambda path, value: True, heard) == []
 
 
 @pytest.mark.slow
@@ -209,7 +202,7 @@ def test_each_field_changes_figures(scripts, begin, script, preset):
     def heard(config):
         return figures(trained_with(getattr(scripts, script), config)) != here
 
-    assert walk(script, base, others, lambda path, value: True, heard) == []
+    assert walk(base, others, lambda path, value: True, heard) == []
 
 
 TINY = {
@@ -237,7 +230,7 @@ def test_each_field_of_tinyworlds_reaches_a_stage(scripts, stores):
 
     here = stages(base)
     others = OTHERS | TINY | {"data": [stores[1]]}
-    assert walk(script, base, others, lambda path, value: True, lambda config: stages(config) != here) == []
+    assert walk(base, others, lambda path, value: True, lambda config: stages(config) != here) == []
 
 
 @pytest.mark.parametrize(
