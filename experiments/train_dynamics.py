@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, cast
 
 import train_tokenizer
 import tyro
@@ -85,27 +85,19 @@ class Config:
 
     def unread(self) -> dict[str, str]:
         """See ``dreamer4.config.unread``."""
-        found = unread_precisions(self) | unread_choices(self)
+        found = unread_precisions(self) | unread_choices(self.data, self.tokenizer, self.actions)
         if self.latent_deviation is not None:
             names = (f"dynamics.latent_{name}" for name in ("mean", "scale", "deviation"))
             found |= dict.fromkeys(names, "latent_deviation is given, for which they are measured")
         return found
 
 
-class DreamOptions(Protocol):
-    """What dynamics over latents and over codes are both told."""
-
-    data: Path | None
-    tokenizer: Path | None
-    actions: ActionChoice
-
-
-def unread_choices(config: DreamOptions) -> dict[str, str]:
-    """What nothing reads of data, actions and tokenizer, as ``dreamer4.config.unread`` has it."""
-    found = {"toy": "data is given"} if config.data else {}
-    if config.tokenizer:
+def unread_choices(data: Path | None, tokenizer: Path | None, actions: ActionChoice) -> dict[str, str]:
+    """What nothing reads beside these, in a configuration of dynamics (``dreamer4.config.unread``)."""
+    found = {"toy": "data is given"} if data else {}
+    if tokenizer:
         found["tokenizer_preset"] = "tokenizer is given"
-    if config.actions == "latent":
+    if actions == "latent":
         found["label_fraction"] = "actions is latent, which all episodes have"
     return found
 

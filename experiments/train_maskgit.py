@@ -75,7 +75,7 @@ class Config:
 
     def unread(self) -> dict[str, str]:
         """See ``dreamer4.config.unread``."""
-        found = unread_precisions(self) | unread_choices(self)
+        found = unread_precisions(self) | unread_choices(self.data, self.tokenizer, self.actions)
         alone = self.maskgit.transformer.experts == 1
         return found | ({"masking.balance_weight": "maskgit.transformer.experts is 1"} if alone else {})
 

@@ -251,7 +251,8 @@ def _values(path: str, value: Any, kind: Any, told: dict[str, Any]) -> list[Any]
     parts = path.split(".")
     for start in range(len(parts)):
         if (found := told.get(".".join(parts[start:]))) is not None:
-            return found() if callable(found) else found
+            made: Any = found
+            return made() if callable(made) else made
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):

@@ -1,7 +1,7 @@
 """Every value that can be configured is read, refused, or stands on the list below with its reason.
 
-``option_walk`` changes one value of a preset at a time. By default it changes the weights, shares and rates of one
-preset; the slow tests change every value of every preset, and train to see figures change.
+``option_walk`` changes one value of a preset at a time. By default it changes the weights, shares and rates of two
+presets; the slow tests change every value of every preset, and train to see figures change.
 """
 
 import contextlib
@@ -166,16 +166,16 @@ def test_each_field_of_each_preset_has_another_value_or_stands_on_the_list(scrip
         assert all(listed(path) or values(path, value, types[path], others) for path, value in leaves(config).items())
 
 
-def test_each_weight_and_rate_of_latent_actions_is_read(scripts, begin):
-    """The quickest of the walks; all others are slow."""
-    script = scripts.train_latent_action
-    base, others = begin("train_latent_action", "debug")
-    here = trained_with(script, base)
+@pytest.mark.parametrize("script", ["train_latent_action", "train_next_frame"])
+def test_each_weight_and_rate_is_read(scripts, begin, script):
+    """The quickest two of the walks; all others are slow."""
+    base, others = begin(script, "debug")
+    here = trained_with(getattr(scripts, script), base)
 
-    def chosen(path, value):
-        return isinstance(value, float) and not path.startswith("latent_action.sequence")
+    def heard(config):
+        return trained_with(getattr(scripts, script), config).differs(here)
 
-    assert walk(base, others, chosen, lambda config: trained_with(script, config).differs(here)) == []
+    assert walk(base, others, lambda path, value: isinstance(value, float), heard) == []
 
 
 @pytest.mark.slow
