@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from dreamer4.data.episodes import read_index
 from dreamer4.data.toy import ToyConfig
 from dreamer4.data.toy_recordings import write_toy_recordings
 from dreamer4.errors import UserError
@@ -136,6 +137,19 @@ def test_options_of_ingestion_reach_the_data(scripts, recording, tmp_path):
     options = ("--data", recording, "--resize", "12x20", "--gray")
     model = load_next_frame(noise_run(scripts.train_next_frame, tmp_path / "run", "debug", *options)).model
     assert (model.height, model.width, model.channels) == (12, 20, 1)
+
+
+def test_the_log_and_its_gaps_reach_the_data(scripts, recording, tmp_path):
+    drive, script = shutil.copytree(recording, tmp_path / "drive"), scripts.train_next_frame
+    (drive / "recording_log.jsonl").rename(drive / "mine.jsonl")
+    (drive / "notes.jsonl").write_text("{}\n")
+    flags = ("--log", "mine.jsonl", "--gap-seconds", "9", "--episode-frames", "200")
+    script.make_source(
+        choose_preset(script.PRESETS, ["debug", "--data", str(drive), "--run-dir", str(tmp_path), *flags])
+    )
+    index = read_index(tmp_path / "data")
+    assert {"log": "mine.jsonl", "gap_seconds": 9.0}.items() <= index.sources[0].items()
+    assert len(index.episodes) == 1  # five seconds lie between its stretches
 
 
 @pytest.mark.parametrize(
