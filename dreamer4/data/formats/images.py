@@ -102,6 +102,12 @@ def to_gray(frames: UInt8[Array | np.ndarray, "*lead C"]) -> UInt8[Array | np.nd
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)
 
 
+def on_black(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture with an alpha channel (RGBA), of which what is transparent lies on black."""
+    ground = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return np.asarray(Image.alpha_composite(ground, image).convert("RGB"))
+
+
 def _decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
@@ -119,6 +125,5 @@ def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
         gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(gray[..., None], 3, axis=-1)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        top = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", top.size, (0, 0, 0, 255)), top)
+        return on_black(image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))

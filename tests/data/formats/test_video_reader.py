@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from damage import damaged
 from dreamer4.batch import ActionComponent
 from dreamer4.data.episodes import EpisodeStore
-from dreamer4.data.formats.video import open_video
+from dreamer4.data.formats.images import read_image
+from dreamer4.data.formats.video import _is_hidden, open_video
 from dreamer4.data.ingest import Event, Frame, Gap, IngestOptions, Lost, ingest
 from dreamer4.errors import UserError
 
@@ -381,3 +383,241 @@ def test_ffmpeg_says_nothing_itself(good_files, tmp_path, capfd):
         path.write_bytes(content[: len(content) // 2] + bytes(40) + content[len(content) // 2 + 40 :])
         events_of(path)
     assert capfd.readouterr() == ("", "")
+
+
+# Makers of files in which frames do not lie in the order in which they are shown.
+REORDERED = {
+    "a.avi": ("libx264", {"x264-params": "keyint=8:bframes=2:b-adapt=0:scenecut=0"}),
+    "b.avi": ("libx264", {"x264-params": "keyint=8:bframes=3:b-adapt=0:scenecut=0:b-pyramid=2"}),
+    "c.avi": ("mpeg4", {"bf": "2", "b_strategy": "0", "sc_threshold": "1000000000"}),
+    "d.avi": ("mpeg2video", {"bf": "2", "b_strategy": "0", "sc_threshold": "1000000000"}),
+    "e.mp4": ("libx264", {"x264-params": "keyint=8:bframes=2:b-adapt=0:scenecut=0"}),
+    "f.ts": ("libx264", {"x264-params": "keyint=8:bframes=2:b-adapt=0:scenecut=0"}),
+    "g.mpg": ("mpeg2video", {"bf": "2", "b_strategy": "0", "sc_threshold": "1000000000"}),
+    "h.avi": ("libx264", {"x264-params": "keyint=8:bframes=3:b-adapt=0:scenecut=0:b-pyramid=2:open-gop=1"}),
+}
+
+
+def encode_reordered(path: Path, frames: int = 16) -> Path:
+    codec, options = REORDERED[path.name]
+    encode(path, frames, codec, rate=25, keys=8, options=options)
+    with av.open(path) as file:
+        assert {frame.pict_type for frame in file.decode(video=0)} >= {av.video.frame.PictureType.B}
+    return path
+
+
+def assert_shows(frame: Event, i: int) -> None:
+    """The frame is the i-th that was encoded, with the action that led to it."""
+    assert isinstance(frame, Frame)
+    assert np.abs(frame.image.astype(int) - picture(i)).mean() < 25
+    assert number_of(frame.image) == i % 16
+    assert frame.action["action"] == i
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_frames_in_any_order_of_the_file_have_their_own_actions(tmp_path, name):
+    path = label(encode_reordered(tmp_path / name), list(range(16)))
+    footage = open_video(path)
+    assert (footage.frame_rate, footage.notes, footage.recordings[0].frames) == (25, (), 16)
+    frames = list(footage.recordings[0].events())
+    assert len(frames) == 16
+    for i, frame in enumerate(frames):
+        assert_shows(frame, i)
+        assert frame.time == pytest.approx(i / 25, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["a.avi", "b.avi", "c.avi", "d.avi"])
+def test_no_frame_after_damage_has_an_action_of_another(tmp_path, name):
+    """Without presentation times, frames near a lost one have no sure number; all others are kept."""
+    path = label(encode_reordered(tmp_path / name, 32), list(range(32)))
+    content, packets = path.read_bytes(), packets_of(path)
+    for hit in (3, 9, 10, 19):
+        place, size = packets[hit]
+        path.write_bytes(content[: place + 4] + b"\xff" * (size - 4) + content[place + size :])
+        events = list(open_video(path).recordings[0].events())
+        for frame in events:
+            if isinstance(frame, Frame):
+                assert_shows(frame, int(frame.name.split()[-1]))
+        kept = [int(e.name.split()[-1]) for e in events if isinstance(e, Frame)]
+        assert kept == sorted(set(kept))
+        assert len(kept) + sum(e.count for e in events if isinstance(e, Lost)) == 32
+        assert 16 <= len(kept) < 32
+
+
+@pytest.mark.parametrize("name", ["f.ts", "g.mpg"])
+def test_time_that_runs_backwards_is_a_cut(tmp_path, name):
+    path = encode_reordered(tmp_path / name)
+    path.write_bytes(path.read_bytes() * 2)
+    label(path, [*range(16), *range(16)])
+    (recording,) = open_video(path).recordings
+    assert recording.frames == 32
+    events = list(recording.events())
+    cut = events.index(Gap(f"{name} frame 16", "clock of a video that was set back"))
+    # FFmpeg calls a packet of MPEG-TS corrupt near where two files meet, since their counts of packets differ.
+    lost = sum(e.count for e in events if isinstance(e, Lost))
+    assert lost <= (2 if name == "f.ts" else 0)
+    frames = {int(e.name.split()[-1]): e for e in events if isinstance(e, Frame)}
+    assert len(frames) == 32 - lost
+    assert set(range(16, 32)) <= set(frames)
+    for number, frame in frames.items():
+        assert_shows(frame, number % 16)
+        assert frame.time == pytest.approx(number / 25, abs=1e-3)
+    assert told(events[cut + 1 :]) == list(range(16))
+    ingest(open_video(path), tmp_path / "out", IngestOptions(episode_frames=100, tolerate=True), {})
+    store = EpisodeStore(tmp_path / "out")
+    assert store.episode(store.index.episodes[-1]).action["action"].tolist() == list(range(16))
+
+
+def test_every_packet_is_a_frame_or_counted(tmp_path):
+    """Two pictures of one time, of which one can be shown."""
+    with av.open(tmp_path / "a.mkv", "w") as file:
+        stream = file.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuvj420p"
+        for i in range(12):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture(i), "rgb24")):
+                packet.pts = packet.dts = min(i, 10)
+                file.mux(packet)
+    events = list(open_video(tmp_path / "a.mkv").recordings[0].events())
+    assert told(events) == [*range(11), ("10", "second picture of one time in a video", 1)]
+
+
+@pytest.mark.parametrize(
+    ("content", "hidden"),
+    [
+        # By hand, of the VP9 specification, 6.2: marker 10, two bits of the profile (in profile 3 a reserved one), then
+        # show_existing_frame, frame_type, show_frame, error_resilient_mode.
+        ([0b10_00_0_0_1_0, 1], False),
+        ([0b10_00_0_1_0_0, 1], True),
+        ([0b10_01_0_1_0_0, 1], True),
+        ([0b10_01_1_0_0_0, 1], False),
+        ([0b10_11_0_0_1_0, 1], True),
+        ([0b10_11_0_0_0_1, 1], False),
+        ([0b10_11_0_1_0_0, 1], False),
+        ([0b10_00_0_1_0_0, 0b110_00_001], False),  # the first of several frames in one packet
+    ],
+)
+def test_a_vp9_frame_that_only_prepares_others_is_none(content, hidden):
+    assert _is_hidden("vp9", bytes(content)) == hidden
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "flv"])
+def test_a_late_start_is_no_missing_end(tmp_path, suffix):
+    times = [1 + i / 10 for i in range(12)]
+    events = events_of(encode(tmp_path / f"a.{suffix}", 12, times=times, options={"bf": "0"}))["a"]
+    assert told(events) == list(range(12))
+    assert [e.time for e in events if isinstance(e, Frame)] == pytest.approx([i / 10 for i in range(12)], abs=1e-3)
+
+
+def test_a_missing_end_is_told_after_a_late_start(tmp_path):
+    path = encode(tmp_path / "a.mkv", 12, times=[1 + i / 10 for i in range(12)], options={"bf": "0"})
+    place, size = packets_of(path)[8]
+    path.write_bytes(path.read_bytes()[: place + size // 2])
+    assert told(events_of(path)["a"]) == [*range(8), ("8", "missing end of a video", 4)]
+
+
+def test_steps_without_a_frame_in_avi_are_a_hole_and_no_missing_end(tmp_path):
+    with av.open(tmp_path / "a.avi", "w") as file:
+        stream = file.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuvj420p"
+        for i in range(12):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture(i), "rgb24")):
+                packet.pts = packet.dts = i + 3 * (i > 4)
+                file.mux(packet)
+    with av.open(tmp_path / "a.avi") as file:
+        assert file.streams.video[0].frames == 15
+    hole = ("5", "hole in the times of a video")
+    assert told(events_of(tmp_path / "a.avi")["a"]) == [*range(5), hole, *range(5, 12)]
+
+
+STRAIGHT, TURNED = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)], [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
+
+
+@pytest.mark.parametrize("matrix", STRAIGHT + TURNED)
+def test_a_display_matrix_turns_and_mirrors(tmp_path, matrix):
+    """All eight, by the rule of ISO 14496-12: pixel (x, y) is shown at (a x + c y, b x + d y), moved into view."""
+    a, b, c, d = matrix
+    path = encode(tmp_path / "a.mp4", 1)
+    (stored,) = [e.image for e in events_of(path)["a"] if isinstance(e, Frame)]
+    content = bytearray(path.read_bytes())
+    values = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", content, content.index(b"tkhd") + 44, *values)
+    path.write_bytes(content)
+    (shown,) = [e.image for e in events_of(path)["a"] if isinstance(e, Frame)]
+    expected = np.zeros_like(stored)
+    for y in range(16):
+        for x in range(16):
+            column, row = a * x + c * y, b * x + d * y  # from -15 to 0 where that axis is mirrored
+            expected[row + 15 * (b + d < 0), column + 15 * (a + c < 0)] = stored[y, x]
+    np.testing.assert_array_equal(shown, expected)
+
+
+def test_pixels_that_are_not_square_are_kept_and_told(tmp_path):
+    with av.open(tmp_path / "a.mp4", "w") as file:
+        stream = file.add_stream("libx264", rate=10, options={"aspect": "4:3"})
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        stream.sample_aspect_ratio = Fraction(4, 3)
+        for i in range(3):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i), "rgb24")))
+        file.mux(stream.encode())
+    footage = open_video(tmp_path / "a.mp4")
+    (note,) = footage.notes
+    assert "a.mp4: its pixels are meant to be shown 1.33 times as wide as high; they are kept" in note
+    frames = list(footage.recordings[0].events())
+    assert told(frames) == [0, 1, 2]
+    assert [e.image.shape for e in frames if isinstance(e, Frame)] == [(16, 16, 3)] * 3
+
+
+BT601, BT709 = (0.299, 0.114), (0.2126, 0.0722)  # the weights of red and of blue in the luma
+
+
+@pytest.mark.parametrize(
+    ("tag", "full", "size", "weights"),
+    [
+        ("untagged", False, (64, 48), BT601),
+        ("untagged", False, (1280, 720), BT601),
+        ("BT.709", False, (64, 48), BT709),
+        ("BT.709", True, (64, 48), BT709),
+        ("BT.601", False, (64, 48), BT601),
+    ],
+)
+def test_colours_are_those_of_the_tags_and_bt601_without(tmp_path, tag, full, size, weights):
+    matrix = {"untagged": 2, "BT.709": 1, "BT.601": 5}[tag]
+    values = (120, 90, 200)  # luma, blue and red difference
+    with av.open(tmp_path / "a.mkv", "w") as file:
+        stream = file.add_stream("libx264", rate=10, options={"qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv444p"
+        stream.codec_context.colorspace = matrix
+        stream.codec_context.color_range = 2 if full else 1
+        frame = av.VideoFrame(*size, "yuv444p")
+        for plane, value in zip(frame.planes, values, strict=True):
+            plane.update(bytes([value]) * plane.buffer_size)
+        frame.colorspace, frame.color_range = matrix, 2 if full else 1
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    (shown,) = [e.image for e in events_of(tmp_path / "a.mkv")["a"] if isinstance(e, Frame)]
+    red, blue = weights
+    luma = values[0] / 255 if full else (values[0] - 16) / 219
+    cb, cr = ((value - 128) / (255 if full else 224) for value in values[1:])
+    r, b = luma + 2 * (1 - red) * cr, luma + 2 * (1 - blue) * cb
+    g = (luma - red * r - blue * b) / (1 - red - blue)
+    assert np.abs(shown - 255 * np.array([r, g, b])).max() < 1
+
+
+def test_what_is_transparent_lies_on_black_as_in_pictures(tmp_path):
+    palette = Image.fromarray(np.uint8([[0, 1], [1, 2]]), "P")
+    palette.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
+    palette.save(tmp_path / "a.gif", transparency=1)
+    palette.save(tmp_path / "a.png", transparency=1)
+    (gif,) = [e.image for e in events_of(tmp_path / "a.gif")["a"] if isinstance(e, Frame)]
+    assert gif.tolist() == [[[200, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 200]]]
+    np.testing.assert_array_equal(gif, read_image(tmp_path / "a.png"))
+    half = np.uint8([[[200, 100, 50, 128], [9, 9, 9, 0]]]).repeat(16, 0).repeat(8, 1)
+    with av.open(tmp_path / "b.mkv", "w") as file:
+        stream = file.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "bgra"
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(half, "rgba")))
+        file.mux(stream.encode())
+    (shown,) = [e.image for e in events_of(tmp_path / "b.mkv")["b"] if isinstance(e, Frame)]
+    assert shown[0, [0, 8]].tolist() == [[100, 50, 25], [0, 0, 0]]
+    Image.fromarray(half).save(tmp_path / "b.png")
+    np.testing.assert_array_equal(shown, read_image(tmp_path / "b.png"))
