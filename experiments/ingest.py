@@ -15,13 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from dreamer4.config import to_json
-from dreamer4.data.episodes import read_index, split_of
+from dreamer4.data.episodes import read_index
 from dreamer4.data.formats.h5 import open_h5
 from dreamer4.data.formats.npz import open_npz
 from dreamer4.data.formats.png import open_png
 from dreamer4.data.formats.recordings import digest_log, open_recordings
 from dreamer4.data.formats.video import open_video
 from dreamer4.data.ingest import Footage, IngestOptions, Report, TooMuchDroppedError, ingest
+from dreamer4.data.inspection import describe_missing_splits
 from dreamer4.errors import UserError
 from dreamer4.files import check_linked, is_free
 from dreamer4.train.cli import main as run_main
@@ -149,11 +150,11 @@ def _describe(out: Path) -> None:
     actions = ", ".join(f"{c.name}: {c.kind} of {c.size}" for c in index.schema.actions) or "none"
     rate = f"{index.schema.frame_rate:g}" if index.schema.frame_rate else "an unknown number of"
     print(f"{out}: {index.frames} frames of {height}x{width}x{channels}, {rate} a second; actions: {actions}")
-    splits = [split_of(e.id) for e in index.episodes]
+    splits = [e.split for e in index.episodes]
     for split in ("train", "validation", "test"):
         print(f"  {split:10} {splits.count(split)} episodes")
-    if missing := [split for split in ("train", "validation") if split not in splits]:
-        print(f"note: no episode fell into {' or '.join(missing)}; shorter ones (--episode-frames) would")
+    if missing := describe_missing_splits(splits):
+        print(f"note: {missing}")
 
 
 if __name__ == "__main__":

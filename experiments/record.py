@@ -15,8 +15,9 @@ import tyro
 
 from dreamer4.config import at_least
 from dreamer4.data.atari import AtariConfig, Game
-from dreamer4.data.episodes import read_index, split_of
+from dreamer4.data.episodes import read_index
 from dreamer4.data.gymnasium_env import GymConfig, GymPlayer
+from dreamer4.data.inspection import describe_missing_splits
 from dreamer4.data.recording import Player, default_processes, play_episodes
 from dreamer4.data.toy_player import ToyPlayer, ToyPlayerConfig
 from dreamer4.data.writer import EpisodeWriter
@@ -34,7 +35,7 @@ class RecordConfig:
     """What is recorded, and where to."""
 
     episodes: int = 30
-    """How many episodes to play."""
+    """How many episodes to play. Of fewer than ten the first is for training and the second for validation."""
     out: Path | None = None
     """The data set's folder; data/<name of the world> where not given."""
     append: bool = False
@@ -117,14 +118,17 @@ def main(command: Toy | Atari | Gym) -> None:
             for number, pieces in episodes:
                 writer.add(f"{name}-{config.seed}-{number:05d}", pieces)
                 bar.update(task, advance=1, frames=writer.frame_count - before)
+        writer.deal_few()
     _report(out)
 
 
 def _report(out: Path) -> None:
     index = read_index(out)
-    splits = [split_of(e.id) for e in index.episodes]
+    splits = [e.split for e in index.episodes]
     counts = ", ".join(f"{splits.count(name)} {name}" for name in ("train", "validation", "test"))
     print(f"{out}: {len(index.episodes)} episodes ({counts}), {index.frames} frames")
+    if missing := describe_missing_splits(splits):
+        print(f"note: {missing}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from rich.table import Table
 
 from dreamer4.batch import ActionSpace, Batch
 from dreamer4.config import at_least, from_json
-from dreamer4.data.episodes import EpisodeEntry, Split, read_index, split_of
+from dreamer4.data.episodes import EpisodeEntry, Split, read_index
 from dreamer4.data.gray import GraySource
 from dreamer4.data.loader import StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
@@ -178,7 +178,7 @@ def fitting(source: ToySource | StoreSource, shape: tuple[int, ...], run: Path) 
 
 def count_windows(episodes: tuple[EpisodeEntry, ...], split: Split, frames: int) -> int:
     """Runs of so many frames inside one episode of a split."""
-    return sum(max(0, e.length - frames + 1) for e in episodes if split_of(e.id) == split)
+    return sum(max(0, e.length - frames + 1) for e in episodes if e.split == split)
 
 
 # ----- the report -----

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -44,7 +45,8 @@ def test_a_data_set_goes_out_and_comes_back(folder):
     ingest(open_h5(folder / "noise.h5"), folder / "back", IngestOptions(), {})
     store, back = EpisodeStore(folder / "data" / "noise"), EpisodeStore(folder / "back")
     assert back.index.schema == store.index.schema
-    assert back.index.episodes == store.index.episodes
+    undealt = tuple(dataclasses.replace(entry, dealt=None) for entry in back.index.episodes)  # few come back dealt
+    assert undealt == store.index.episodes
     for entry in store.index.episodes:
         np.testing.assert_array_equal(back.episode(entry).video, store.episode(entry).video)
         np.testing.assert_array_equal(back.episode(entry).action["action"], store.episode(entry).action["action"])

@@ -118,6 +118,15 @@ def test_the_table_says_what_was_kept_and_what_was_not(ingest, tmp_path):
     assert [e.length for e in read_index(tmp_path / "out").episodes] == [3, 2, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["walk", "h264_10bits", "testvid_1022ms"])
+def test_a_short_source_can_be_trained_on_and_what_lacks_is_said(ingest, tmp_path, name):
+    source = make_png(tmp_path / "source")
+    (source / "walk").rename(source / name)
+    said = ingest("png", source, "--out", tmp_path / "out").out
+    assert [e.id for e in EpisodeStore(tmp_path / "out").episodes("train")] == [name]
+    assert "note: no episode is in validation or test:" in said
+
+
 def test_names_are_told_as_they_are(ingest, tmp_path):
     source = make_png(tmp_path / "source")
     (source / "walk").rename(source / "[bold]walk[")

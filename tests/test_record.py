@@ -82,6 +82,19 @@ def test_the_seed_alone_decides_also_by_appending_and_with_several_processes(rec
     assert snapshot(folder / "b") == snapshot(folder / "data" / "breakout")
 
 
+@pytest.mark.parametrize(("episodes", "missing"), [(1, "validation or test"), (2, "test")])
+def test_few_episodes_can_be_trained_on_and_what_lacks_is_said(tmp_path, record_here, capsys, episodes, missing):
+    options = ("--game", "Freeway", "--max-frames", "20", "--episodes", episodes)
+    record_here("atari", *options, "--out", tmp_path / "a")
+    said = capsys.readouterr().out
+    assert f"note: no episode is in {missing}:" in said
+    store = EpisodeStore(tmp_path / "a")
+    assert [e.id for e in store.episodes("train")] == ["freeway-0-00000"]
+    if episodes > 1:
+        assert [e.id for e in store.episodes("validation")] == ["freeway-0-00001"]
+        assert "2 episodes (1 train, 1 validation, 0 test)" in said
+
+
 def test_what_the_user_can_put_right_is_one_line(recorded):
     folder, *_ = recorded
     before = snapshot(folder / "data")

@@ -2,7 +2,8 @@
 
 A data set is one folder: ``index.json`` and one zarr v3 array per column (``video``, ``action/<name>``, ``reward``,
 ``is_first``, ``is_terminal``, ``state/<name>``), with one row per frame over all episodes. A row counts only once the
-index names it. Split into train, validation and test by hash of the episode's id.
+index names it. Split into train, validation and test by hash of the episode's id, or as the index says where a data set
+of few episodes would lack a split otherwise.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import tensorstore as ts
@@ -85,12 +86,18 @@ class Schema:
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeEntry:
-    """Where an episode lies: rows ``start`` to ``start + length``. ``labelled`` says whether its actions are known."""
+    """Where an episode lies: rows ``start`` to ``start + length``. ``labelled`` says whether its actions are known, and
+    ``dealt`` the split, if it is not to be that of the id."""
 
     id: str
     start: int
     length: int
     labelled: bool = True
+    dealt: Split | None = None
+
+    @property
+    def split(self) -> Split:
+        return self.dealt or split_of(self.id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +114,8 @@ class Index:
 
 
 def split_of(episode_id: str) -> Split:
-    """The split an episode belongs to, 80/10/10 by the SHA-256 of its id: no other episode has a say in it.
+    """The split of an id, 80/10/10 by its SHA-256: no other episode has a say in it. That of an episode is
+    ``EpisodeEntry.split``.
 
     The parts of a recording that was cut, ``name``, ``name#1``, ``name#2`` and so on, go round from where the hash of
     ``name`` starts, so that of any ten in a row eight are for training, one is for validation and one for the test.
@@ -171,7 +179,7 @@ class EpisodeStore:
 
     def episodes(self, split: Split) -> tuple[EpisodeEntry, ...]:
         """The episodes of a split. Raises UserError where there are none."""
-        found = tuple(e for e in self.index.episodes if split_of(e.id) == split)
+        found = tuple(e for e in self.index.episodes if e.split == split)
         if not found:
             raise UserError(f"{self.path} has no {split} episodes: none of its {len(self.index.episodes)} fell there")
         return found
@@ -300,8 +308,13 @@ def index_to_json(index: Index) -> dict[str, Any]:
         **schema_to_json(index.schema),
         "sources": list(index.sources),
         "counts": {"episodes": len(index.episodes), "frames": index.frames},
-        "episodes": [dataclasses.asdict(e) for e in index.episodes],
+        "episodes": [_entry_to_json(e) for e in index.episodes],
     }
+
+
+def _entry_to_json(entry: EpisodeEntry) -> dict[str, Any]:
+    fields = dataclasses.asdict(entry)
+    return fields if entry.dealt else {name: value for name, value in fields.items() if name != "dealt"}
 
 
 def _index_from_json(content: dict[str, Any]) -> Index:
@@ -321,6 +334,8 @@ def _index_from_json(content: dict[str, Any]) -> Index:
     for entry in episodes:
         if entry.start != end or entry.length < 1:
             raise ValueError(f"episode {entry.id!r} has rows {entry.start} + {entry.length}, expected a start at {end}")
+        if entry.dealt not in (None, *get_args(Split)):
+            raise ValueError(f"episode {entry.id!r} is dealt to {entry.dealt!r}, expected {', '.join(get_args(Split))}")
         end += entry.length
     if len({e.id for e in episodes}) != len(episodes):
         raise ValueError("two episodes have the same id")

@@ -19,12 +19,11 @@ from jaxtyping import Shaped, UInt8
 from dreamer4.batch import ActionSpace
 from dreamer4.data.episodes import Episode, Schema, read_index
 from dreamer4.data.formats.images import fit_image, parse_size
-from dreamer4.data.writer import EpisodeWriter
+from dreamer4.data.writer import FEW, EpisodeWriter
 from dreamer4.errors import UserError
 
 TOLERATED = 0.05  # share of the frames that may be dropped
 PIECE = 64  # frames in memory at a time
-FEW = 10  # recordings; a source of fewer is cut, so that every split gets some
 SHORTEST_CUT = 32  # frames
 NAMED = 3  # of each kind of loss, in the report
 
@@ -106,7 +105,7 @@ class IngestOptions:
     """Stop after this many frames."""
     episode_frames: int | None = None
     """Cut episodes at this length. Without it, a source of fewer than ten recordings is cut in ten or more, so that
-    training, validation and test all get some."""
+    training, validation and test all get some; if it is too short for that, training and validation do."""
     action_timing: Literal["before", "after"] = "before"
     """before: the action (and reward) of a frame is what led to it; after: what was done on seeing it."""
     tolerate: bool = False
@@ -189,6 +188,7 @@ def ingest(
                 " nothing was written (--tolerate writes the rest)",
                 report,
             )
+        writer.deal_few()
     return report
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import get_args
 
 import numpy as np
@@ -11,7 +11,7 @@ import tensorstore as ts
 from jaxtyping import Bool, Float, Int, Shaped
 
 from dreamer4.batch import ActionComponent
-from dreamer4.data.episodes import EpisodeEntry, EpisodeStore, Split, open_arrays, split_of
+from dreamer4.data.episodes import EpisodeEntry, EpisodeStore, Split, open_arrays
 from dreamer4.data.timing import FOLDS, Clip, Timing, find_timing
 
 WINDOW = 64  # frames that are looked at in a row
@@ -94,7 +94,7 @@ def inspect_store(store: EpisodeStore, frames: int = 8192) -> Inspection:
         for c in index.schema.actions
         for use in _count_actions(c, columns[f"action/{c.name}"][acted], names.get(c.name, ()))
     ]
-    lengths = {split: tuple(e.length for e in index.episodes if split_of(e.id) == split) for split in get_args(Split)}
+    lengths = {split: tuple(e.length for e in index.episodes if e.split == split) for split in get_args(Split)}
     windows = spread_windows(index.episodes, frames)
     look = _Look(store)
     timing = find_timing(look.clips(windows), index.schema.actions)
@@ -248,17 +248,21 @@ def _flags(found: Inspection, constant: Sequence[str], pairs: Sequence[tuple[str
                 f"{use.name} never takes {_name(use.unused)}: a model cannot learn what that does; record it too, or"
                 " expect nonsense where it is chosen"
             )
-    yield from _split_flags(found.lengths)
+    if missing := describe_missing_splits([split for split, lengths in found.lengths.items() if lengths]):
+        yield missing
     if found.timing and found.timing.lag:
         yield _timing_flag(found.timing)
 
 
-def _split_flags(lengths: Mapping[str, Sequence[int]]) -> Iterator[str]:
-    if empty := [split for split, of_split in lengths.items() if not of_split]:
-        yield (
-            f"no episode is in {' or '.join(empty)}: splits are dealt by the ids of episodes; record more of them, or"
-            " ingest with a smaller --episode-frames"
-        )
+def describe_missing_splits(found: Collection[str]) -> str | None:
+    """A sentence on the splits that are not among those ``found``, None where all are."""
+    empty = [split for split in get_args(Split) if split not in found]
+    if not empty:
+        return None
+    return (
+        f"no episode is in {' or '.join(empty)}: splits are dealt by the ids of episodes; record more of them, or"
+        " ingest with a smaller --episode-frames"
+    )
 
 
 def _timing_flag(timing: Timing) -> str:

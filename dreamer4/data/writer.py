@@ -5,6 +5,7 @@ invisible.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -43,6 +44,7 @@ from dreamer4.files import check_linked, is_free, lock, publish, staging, sync
 CHUNK_BYTES = 2**20
 FRAMES_PER_CHUNK = (4, 32)
 ROWS_PER_CHUNK = 4096  # of the columns beside the frames
+FEW = 10  # episodes; fewer are dealt so that there are some to train on and some to validate with
 WRITES_AHEAD = 4  # chunks on their way to the disk, which bounds the writer's memory
 
 
@@ -107,6 +109,20 @@ class EpisodeWriter:
             raise UserError(f"episode {episode_id!r} has no frames")
         self._ids.add(episode_id)
         self._episodes.append(EpisodeEntry(episode_id, start, self.frame_count - start, labelled))
+
+    def deal_few(self) -> None:
+        """Deals the episodes added to a data set of fewer than ``FEW``: the first goes to training and the next one to
+        validation, unless such are there. Those that were there before, and all of a larger one, stay where they are.
+
+        What comes later has no say in it, so that adding episodes in two goes deals as adding them in one.
+        """
+        if len(self._episodes) >= FEW:
+            return
+        for number in range(len(self._old.episodes), len(self._episodes)):
+            taken = {entry.split for entry in self._episodes[:number]}
+            due = "train" if "train" not in taken else "validation"
+            if due not in taken and self._episodes[number].split != due:
+                self._episodes[number] = dataclasses.replace(self._episodes[number], dealt=due)
 
     def __enter__(self) -> "EpisodeWriter":
         return self

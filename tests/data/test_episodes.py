@@ -12,6 +12,7 @@ from dreamer4.batch import ActionComponent
 from dreamer4.data.episodes import Column, Episode, EpisodeStore, Schema, read_index, split_of
 from dreamer4.data.writer import WRITES_AHEAD, EpisodeWriter, _write_index
 from dreamer4.errors import UserError
+from stores import ids_of
 
 SCHEMA = Schema(
     frame=(6, 4, 3),
@@ -258,6 +259,51 @@ def test_ten_parts_of_a_cut_recording_have_all_splits():
         assert [ten.count(s) for s in ("train", "validation", "test")] == [8, 1, 1]
 
 
+# Where the ids put episodes, most of which lacks a split.
+DEALT = {
+    ("test",): ["train"],
+    ("train", "train"): ["train", "validation"],
+    ("test", "test", "test"): ["train", "validation", "test"],
+    ("validation", "train"): ["train", "validation"],
+    ("validation", "validation", "test", "validation"): ["train", "validation", "test", "validation"],
+    ("train", "validation", "train"): ["train", "validation", "train"],
+    ("test",) * 9: ["train", "validation", *["test"] * 7],
+    ("test",) * 10: ["test"] * 10,
+}
+
+
+@pytest.mark.parametrize("by_id", DEALT)
+def test_few_episodes_are_dealt_so_that_one_can_train_and_validate(tmp_path, by_id):
+    names = {split: iter(ids_of(split, 10)) for split in set(by_id)}
+    ids = [next(names[split]) for split in by_id]
+    for goes, path in (([ids], tmp_path / "a"), ([ids[:1], ids[1:]], tmp_path / "b")):
+        for go in filter(None, goes):
+            with EpisodeWriter(path, SCHEMA, SOURCE, append=path.exists()) as writer:
+                for name in go:
+                    writer.add(name, make_episode(len(name), 4))
+                writer.deal_few()
+    assert [e.split for e in read_index(tmp_path / "a").episodes] == DEALT[by_id]
+    assert EpisodeStore(tmp_path / "a").episodes("train" if len(ids) < 10 else "test")[0].id == ids[0]
+    content = (tmp_path / "a" / "index.json").read_text()
+    if len(ids) < 10:  # of which the first go of a data set of ten knows nothing
+        assert content == (tmp_path / "b" / "index.json").read_text()
+    moved = [e.id for e, split in zip(read_index(tmp_path / "a").episodes, by_id, strict=True) if e.split != split]
+    assert content.count('"dealt"') == len(moved)
+
+
+def test_episodes_that_were_there_before_are_not_dealt(tmp_path):
+    before = ids_of("test", 2)
+    with EpisodeWriter(tmp_path / "a", SCHEMA, SOURCE) as writer:
+        for name in before:
+            writer.add(name, make_episode(0, 4))
+    with EpisodeWriter(tmp_path / "a", SCHEMA, SOURCE, append=True) as writer:
+        for name in ids_of("test", 5)[2:]:
+            writer.add(name, make_episode(0, 4))
+        writer.deal_few()
+    splits = [e.split for e in read_index(tmp_path / "a").episodes]
+    assert splits == ["test", "test", "train", "validation", "test"]
+
+
 BAD_EPISODES = {
     "is_first must be true": lambda e: e.is_first.__setitem__(3, True),
     "null action": lambda e: e.action["key"].__setitem__(0, 2),
@@ -289,7 +335,7 @@ def test_an_id_is_taken_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../up", "", "a/b", ".", "a b"])
-def test_names_of_columns_are_names_of_folders(name):
+def test_ids_of_columns_are_ids_of_folders(name):
     with pytest.raises(UserError, match="it names a folder"):
         Schema(frame=(6, 4, 3), actions=(ActionComponent(name, "categorical", 2),))
     with pytest.raises(UserError, match="it names a folder"):
@@ -340,6 +386,9 @@ DAMAGES = {
         p, episodes=[{"id": "e0", "start": 0, "length": 10}, {"id": "e1", "start": 9, "length": 16}]
     ),
     "counts are": lambda p: edit_index(p, counts={"episodes": 2, "frames": 24}),
+    "is damaged: (.|\n)*'tea'": lambda p: edit_index(
+        p, episodes=[{"id": "e0", "start": 0, "length": 25, "dealt": "tea"}]
+    ),
     "damaged: KeyError: 'shape'": lambda p: edit_index(p, state={"ball": {}}),
     "damaged: TypeError": lambda p: edit_index(p, episodes=[{"id": "e0"}]),
     "a is damaged: .*reward": lambda p: (p / "reward" / "c.0").write_bytes(b"nonsense"),
