@@ -4,24 +4,32 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, PyTree, Shaped, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, PyTree, UInt8, UInt32
 
 from dreamer4.batch import ActionComponent, ActionSpace, check_actions
+from dreamer4.calibration import (
+    Action,
+    ActionCodes,
+    CalibrationFigures,
+    figures_of,
+    find_calibration,
+    make_action_codes,
+)
 from dreamer4.dreamers import Dreamer, State, Trained, frame_of, make_dreamer, own_steps
 from dreamer4.dreamers import load as load_trained
 from dreamer4.errors import UserError
+from dreamer4.metrics.control import Calibration
 from dreamer4.nn.counts import parameter_count
 from dreamer4.rollout.generate import time_first
 from dreamer4.rollout.predict import Predictor
 from dreamer4.runs import kind_of
 
-Action = dict[str, Shaped[Array | np.ndarray, "..."]]
 STATIC = {"static": True}
 """``metadata`` of a field that is part of a pytree's structure, and so of the program that it goes through."""
 SEEDS = 2**32
@@ -38,6 +46,7 @@ class Description:
     frame: tuple[int, int, int]
     """Height, width and channels."""
     actions: ActionSpace
+    """Actions that ``step`` takes: of a world with a calibration the real ones."""
     parameters: int
     """The tokenizer's included."""
     step: int
@@ -45,6 +54,8 @@ class Description:
     trained_on: str
     k: int | None
     """Steps that a frame takes (of denoising, or of setting masked codes); None where it takes none."""
+    calibration: CalibrationFigures | None = None
+    """How well latent codes stand for the real actions, in a world that was trained on codes and takes real actions."""
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +85,8 @@ class World:
     dreamer: Dreamer = dataclasses.field(metadata=STATIC)
     params: PyTree = dataclasses.field(repr=False)
     description: Description = dataclasses.field(metadata=STATIC)
+    codes: ActionCodes | None = dataclasses.field(default=None, repr=False)
+    """From real actions to codes, in a world that was trained on codes and takes real actions."""
 
     def describe(self) -> Description:
         """Its kind, its frames and actions, its size and where it comes from."""
@@ -118,7 +131,8 @@ class World:
         ``action`` is a dict with a value for each component or, where there is one alone, its value: a whole number for
         a ``categorical`` one, ``size`` numbers for a ``continuous`` one, ``size`` of 0 and 1 for a ``binary`` one; with
         an axis for the streams before them unless the state is ``single``. None is no action in particular, and frees a
-        world that was trained on some unlabelled clips to do as it likes.
+        world that was trained on some unlabelled clips to do as it likes; where it follows codes through a calibration,
+        it is the most frequent code. Such a world also takes the codes themselves, as a dict (``latent_0``, ...).
 
         Raises UserError for an action of another shape or type and, where its values are known, out of range.
         """
@@ -139,6 +153,10 @@ class World:
         there is any length, the same for all. Raises UserError, which begins with ``where``."""
         space = self.description.actions
         names = sorted(c.name for c in space)
+        if self.codes is not None and isinstance(action, Mapping):
+            own = sorted(c.name for c in self.codes.model)
+            if sorted(map(str, action)) == own:  # the codes themselves
+                space, names = self.codes.model, own
         if not isinstance(action, Mapping):
             if len(names) != 1:
                 raise UserError(f"{where}: {type(action).__name__} found, a dict of {names} expected")
@@ -154,7 +172,15 @@ class World:
     def __deepcopy__(self, _: dict) -> "World":
         return self  # nothing in it changes, and the parameters may be large
 
+    def translate(self, action: Action) -> Action:
+        """Of what ``read_action`` gives, what the model was trained on."""
+        if self.codes is None or action.keys() == {c.name for c in self.codes.model}:
+            return action
+        return self.codes.translate(action)
+
     def _null(self, lead: tuple[int, ...]) -> Action:
+        if self.codes is not None:
+            return self.codes.null(lead)
         return {c.name: np.zeros((*lead, *c.shape), c.dtype) for c in self.description.actions}
 
     def read_frames(self, frames: Any) -> UInt8[Array | np.ndarray, "*lead H W C"]:
@@ -170,9 +196,17 @@ class World:
         return video
 
 
-def load(run: str | Path | Trained = BUNDLED, k: int | None = None) -> World:
+def load(
+    run: str | Path | Trained = BUNDLED,
+    k: int | None = None,
+    *,
+    calibration: Calibration | Literal["own"] | None = "own",
+) -> World:
     """The world of a trained run, or of a folder that experiments/export.py made; without either the bundled toy world.
     ``k`` is how many steps a frame takes, where it is not to be as in the run.
+
+    A world that was trained on latent actions takes real ones through its own ``calibration``, if its folder has one,
+    or another; with None it takes the codes. A ``run`` that has been read already brings none of its own.
 
     >>> world = dreamer4.load(run)                   # run = "runs/dynamics", say
     >>> state = world.reset(seed=1)                  # or world.reset(frames), to go on from real ones
@@ -183,21 +217,25 @@ def load(run: str | Path | Trained = BUNDLED, k: int | None = None) -> World:
     True
 
     Raises UserError where there is no such run, where it dreams nothing (a tokenizer's, say), where its files are
-    damaged, and for a K that its model cannot take.
+    damaged, for a K that its model cannot take, and for a calibration of other codes.
     """
     trained = run if isinstance(run, Trained) else load_trained(Path(run).expanduser())
+    if calibration == "own":
+        calibration = None if isinstance(run, Trained) else find_calibration(Path(run).expanduser(), trained.config)
+    codes = None if calibration is None else make_action_codes(calibration, trained.model.actions)
     data = trained.config.get("data")
     steps = own_steps(trained)
     description = Description(
         kind=kind_of(trained.config) or "",
         frame=frame_of(trained),
-        actions=trained.model.actions,
+        actions=trained.model.actions if codes is None else codes.real,
         parameters=parameter_count(trained.params),
         step=trained.step,
         trained_on="the toy world" if data is None else Path(data).name,
         k=steps,
+        calibration=None if calibration is None else figures_of(calibration),
     )
-    world = World(make_dreamer(trained, steps), jax.device_put(trained.params), description)
+    world = World(make_dreamer(trained, steps), jax.device_put(trained.params), description, codes)
     return world if k is None else world.with_k(k)
 
 
@@ -217,7 +255,7 @@ def _begin(
     seed: UInt32[Array, ""],
     single: bool,
 ) -> WorldState:
-    dream = world.dreamer.init(world.params, frames, actions, jax.random.key(seed), labelled)
+    dream = world.dreamer.init(world.params, frames, world.translate(actions), jax.random.key(seed), labelled)
     return _state(dream, frames[:, -1], single)
 
 
@@ -226,6 +264,7 @@ def _step(
     world: World, state: WorldState, action: Action, labelled: Bool[Array, ""]
 ) -> tuple[WorldState, UInt8[Array, "*B H W C"]]:
     dreamer: Any = world.dreamer
+    action = world.translate(action)
     if state.single:
         action = jax.tree.map(lambda a: a[None], action)
     streams = 1 if state.single else len(state.frame)

@@ -1,8 +1,9 @@
 """Hands a trained world on: ``uv run experiments/export.py RUN --out FOLDER``.
 
 The folder holds ``model.safetensors`` (the parameters), ``config.json``, ``manifest.json`` (their checksums),
-``card.md`` and, where the world has one, its tokenizer in a folder like it. ``dreamer4.load(FOLDER)`` gives the same
-world as the run, and whatever reads a run's parameters reads it too. Nothing in it names a folder of this machine.
+``card.md`` and, where the world has them, its tokenizer in a folder like it and the ``calibration.json`` of its latent
+actions. ``dreamer4.load(FOLDER)`` gives the same world as the run, and whatever reads a run's parameters reads it too.
+Nothing in it names a folder of this machine.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import tyro
 from steering import obedience
 
 from dreamer4.batch import ActionComponent
+from dreamer4.calibration import find_calibration, keep_calibration
 from dreamer4.dreamers import Trained, load
 from dreamer4.errors import UserError
 from dreamer4.files import check_linked, is_free, publish, staging
@@ -66,12 +68,15 @@ def export(options: Options) -> None:
     if not is_free(place):
         raise UserError(f"out: {out} is there and not empty; name another folder")
     trained = load(options.run)
-    world = load_world(trained)
+    calibration = find_calibration(options.run, trained.config)
+    world = load_world(trained, calibration=calibration)
     place.parent.mkdir(parents=True, exist_ok=True)
     folder = staging(place)
     shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
     try:
         write_parameters(folder, trained, options.run)
+        if calibration is not None:
+            keep_calibration(options.run, folder)
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         (folder / "card.md").write_text(card(world, options, size), encoding="utf-8")
         publish(folder, place, last=MANIFEST)
@@ -106,6 +111,7 @@ def card(world: World, options: Options, size: int) -> str:
     about, run = world.describe(), RunFolder(options.run)
     of_tokenizer = parameter_count(world.params.get("tokenizer", {}))
     standing = f", {of_tokenizer:,} of them the tokenizer's" if of_tokenizer else ""
+    through = f" ({about.calibration})" if about.calibration else ""
     takes = f"\n- **K:** {about.k} step{'s' * (about.k > 1)} a frame, unless asked for another" if about.k else ""
     note = f"\n- **Note:** {options.note}" if options.note else ""
     command = options.command or f"uv run experiments/{KINDS[about.kind]}"
@@ -115,7 +121,7 @@ def card(world: World, options: Options, size: int) -> str:
 A world model to be stepped: {TITLES[about.kind]}.
 
 - **Frames:** {" x ".join(map(str, about.frame))} (height, width, channels)
-- **Actions:** {"; ".join(map(told, about.actions))}
+- **Actions:** {"; ".join(map(told, about.actions))}{through}
 - **Parameters:** {about.parameters:,}{standing}; {size / 1e6:.2f} MB{takes}
 - **Trained on:** {about.trained_on}
 - **By:** `{command}`, to step {about.step:,}{spent(run, about)}; all settings are in `config.json`{note}

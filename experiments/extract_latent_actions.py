@@ -5,6 +5,10 @@ The data set then has ``latent/ids`` and ``latent/codes``, a row for each frame,
 ``uv run experiments/train_dynamics.py --actions latent --data data/NAME`` trains. What was interrupted goes on where it
 was, what is done is not done again, and episodes that come later are added by running this again. A model of gray
 frames sees a data set in colour in gray.
+
+Where the actions of some episodes are known, ``latent/calibration.json`` says which codes stand for them; otherwise it
+is a copy of the model's own, if evaluate.py has made one. A run that follows the latent actions keeps a copy, through
+which it is played by real actions.
 """
 
 import dataclasses
@@ -13,23 +17,37 @@ from pathlib import Path
 
 import tyro
 
+from dreamer4.batch import space_to_json
+from dreamer4.calibration import figures_of, flatten_actions, is_discrete
 from dreamer4.config import at_least
-from dreamer4.data.columns import Infer, LatentRecord, extract
-from dreamer4.data.episodes import EpisodeStore
+from dreamer4.data.columns import LATENT, Infer, LatentRecord, Latents, extract, read_latents
+from dreamer4.data.episodes import EpisodeStore, Split, split_of
 from dreamer4.data.formats.images import to_gray
 from dreamer4.errors import UserError
+from dreamer4.metrics.control import (
+    CALIBRATION,
+    Calibration,
+    assess,
+    calibrate,
+    calibration_json,
+    read_calibration,
+)
 from dreamer4.models.latent_action import LatentActionModel, PairLatentAction, infer
 from dreamer4.models.patches import to_float
 from dreamer4.runs import TrainedLatentAction, load_latent_action
 from dreamer4.train.checkpoint import find
 from dreamer4.train.cli import main, progress_bar
+from dreamer4.train.run_folder import write_atomically
 
 # isort: split
 import jax  # (after dreamer4, which says how much XLA prints)
+import numpy as np
 from jaxtyping import Array, PyTree, UInt8
 
 PAIR_WINDOW = 17
 """Frames that the model of pairs is shown at a time: 16 transitions, each told from its own two frames."""
+MOST_CALIBRATED = 4096
+"""Transitions that a calibration is made from, and as many that it is tested on, spread evenly over those there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +85,56 @@ def run(options: Options) -> None:
             progress=lambda rows: bar.update(task, completed=rows),
         )
     found = f"of {added} frames added" if added else "were all there, nothing is done"
+    write_calibration(store, options.model)
     print(f"{options.data}: latent actions {found}")
+
+
+def write_calibration(store: EpisodeStore, model: Path) -> None:
+    """Puts beside the latent actions of a data set which codes stand for real actions, where that is known."""
+    latents = read_latents(store)
+    made = calibrate_data(store, latents)
+    if made is None and (model / CALIBRATION).exists():
+        made = read_calibration(model / CALIBRATION, latents.record.digest)
+    if made is None:
+        return
+    path, text = store.path / LATENT / CALIBRATION, calibration_json(made)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_atomically(path, text)
+    print(f"{path}: {figures_of(made)}")
+
+
+def calibrate_data(store: EpisodeStore, latents: Latents) -> Calibration | None:
+    """The calibration from the training episodes whose actions are known, tested on those of the validation split or
+    else of the test split; None where no action is known."""
+    schema = store.index.schema
+    rows = {split: labelled_rows(store, split) for split in ("train", "validation", "test")}
+    if not schema.actions or not len(rows["train"]):
+        return None
+    discrete = is_discrete(schema.actions)
+    held_out = rows["validation"] if len(rows["validation"]) else rows["test"]
+    train, test = (spread(chosen, MOST_CALIBRATED) for chosen in (rows["train"], held_out))
+    columns = store.actions()
+
+    def flat(chosen: np.ndarray) -> np.ndarray:
+        return np.asarray(flatten_actions(schema.actions, {name: a[chosen] for name, a in columns.items()}), float)
+
+    episodes = np.unique(np.searchsorted([e.start for e in store.index.episodes], train, side="right"))
+    made = calibrate(
+        latents.ids[train], flat(train), discrete=discrete, clips=len(episodes), model=latents.record.digest
+    )
+    made = dataclasses.replace(made, space=tuple(space_to_json(schema.actions)), names=dict(schema.action_names))
+    return assess(made, latents.ids[test], flat(test))
+
+
+def labelled_rows(store: EpisodeStore, split: Split) -> np.ndarray:
+    """The rows of a split whose actions are known and led to something: all but each episode's first."""
+    episodes = [e for e in store.index.episodes if e.labelled and split_of(e.id) == split]
+    return np.concatenate([np.zeros(0, int), *(np.arange(e.start + 1, e.start + e.length) for e in episodes)])
+
+
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of them, evenly."""
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
 
 
 def check_frames(model: LatentActionModel, store: EpisodeStore, where: Path) -> None:

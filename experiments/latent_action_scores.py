@@ -14,6 +14,7 @@ import numpy as np
 from game_elements import Bricks, Event, find_bricks, find_elements, find_events
 
 from dreamer4.batch import ActionSpace, Batch
+from dreamer4.calibration import flatten_actions, is_discrete
 from dreamer4.metrics.codes import contingency, joint, nmi, perplexity, purity, usage
 from dreamer4.metrics.pixels import SSIM_RADIUS, l1, l2, mse_to_psnr, ssim
 from dreamer4.metrics.regions import shown, window_l2
@@ -269,15 +270,7 @@ def frequent_codes(ids: Int[np.ndarray, "N n"], labels: Int[np.ndarray, " N"], n
 def flat_actions(space: ActionSpace, clips: Batch) -> Float[np.ndarray, "B t F"]:
     """The actions of the transitions as rows of numbers: choices one-hot, switches and axes as they are, in the order
     of the components. The action of transition t is what led to frame t + 1."""
-    parts = []
-    for c in space:
-        values = np.asarray(clips.action[c.name])[:, 1:]
-        parts.append(np.eye(c.size)[values] if c.kind == "categorical" else values.astype(float))
-    return np.concatenate(parts, axis=-1)
-
-
-def is_discrete(space: ActionSpace) -> bool:
-    return all(c.kind != "continuous" for c in space)
+    return np.asarray(flatten_actions(space, {c.name: np.asarray(clips.action[c.name])[:, 1:] for c in space}), float)
 
 
 def find_actions(space: ActionSpace, names: Mapping[str, tuple[str, ...]], clips: Batch) -> Event | None:

@@ -21,12 +21,15 @@ import tyro
 from dream_clips import held_out
 
 from dreamer4.batch import ActionSpace, Batch
+from dreamer4.calibration import find_calibration, make_action_codes
 from dreamer4.config import at_least, from_json
 from dreamer4.data import toy
+from dreamer4.data.columns import LATENT
 from dreamer4.data.episodes import read_index
 from dreamer4.data.toy_player import NAMES
 from dreamer4.dreamers import Trained, load
 from dreamer4.errors import UserError
+from dreamer4.metrics.control import CALIBRATION, Calibration
 from dreamer4.play.game import Game, Starts, Truth
 from dreamer4.play.guard import Guard, is_local
 from dreamer4.play.server import Limits, Server, listen
@@ -98,9 +101,11 @@ def serve(options: Options, listening: socket.socket) -> None:
     """The world, to what comes to ``listening``."""
     run = options.run or BUNDLED
     trained = load(run)
-    world = load_world(trained, options.k)
+    calibration = find_calibration(run, trained.config)
+    world = load_world(trained, options.k, calibration=calibration)
+    say_calibration(world, trained, run)
     title = "toy" if options.run is None else options.run.name
-    ks, known = choices_of_k(world), known_of(trained, run, options)
+    ks, known = choices_of_k(world), known_of(trained, run, options, calibration)
     game = Game(world, title, ks=ks, rate=options.rate, context=options.context, **known)
     # Under other names strangers come in through a proxy, wherever this listens.
     is_alone = is_local(options.host) and not options.names
@@ -135,16 +140,35 @@ def has_display() -> bool:
     return sys.platform in ("darwin", "win32") or any(os.environ.get(x) for x in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
-def known_of(trained: Trained, run: Path, options: Options) -> dict[str, Any]:
+def say_calibration(world: World, trained: Trained, run: Path) -> None:
+    """How well a world that was trained on latent actions takes real ones or, where it does not, how to make it."""
+    about = world.describe()
+    if about.calibration is not None:
+        print(f"{run / CALIBRATION}: {about.calibration}", flush=True)
+    elif any(c.inferred for c in about.actions):
+        data = trained.config["data"]
+        print(
+            f"there is no {run / CALIBRATION}, so that latent codes are played, not real actions: for one run"
+            f" extract_latent_actions.py again, with the same --model and --data {data}, and copy"
+            f" {Path(data) / LATENT / CALIBRATION} there",
+            file=sys.stderr,
+        )
+
+
+def known_of(trained: Trained, run: Path, options: Options, calibration: Calibration | None = None) -> dict[str, Any]:
     """What is known of a run's world beside its model: where it may begin, its truth, names and keys of its actions,
-    and what is done while no key is held. Where nothing can be, time stands still meanwhile."""
+    and what is done while no key is held. Where nothing can be, time stands still meanwhile. With a ``calibration`` the
+    actions are its real ones."""
     space, data = trained.model.actions, options.data or trained.config["data"]
     is_toy = data is None
-    names = {toy.ACTIONS[0].name: NAMES} if data is None else names_of_actions(run, data)
+    if calibration is not None:
+        space, names = make_action_codes(calibration, space).real, calibration.names
+    else:
+        names = {toy.ACTIONS[0].name: NAMES} if data is None else names_of_actions(run, data)
     names = {c.name: names[c.name] for c in space if len(names.get(c.name, ())) == c.size}
     rest = neutral(space, names)
     known = {
-        "labels": names,
+        "labels": names if calibration is None else names | mark_unseen(calibration, space, names),
         "keys": keys_of(space, names),
         "neutral": rest,
         "clock": "held" if rest is None else "always",
@@ -155,9 +179,23 @@ def known_of(trained: Trained, run: Path, options: Options) -> dict[str, Any]:
         print(f"there are no real frames to begin from: {error}", file=sys.stderr)
         return known
     context = slice(None, options.context)
-    actions = {c.name: np.asarray(clips.action[c.name])[:, context] for c in space}
+    # Of these the codes themselves are known, even where a calibration stands between them and the player.
+    actions = {c.name: np.asarray(clips.action[c.name])[:, context] for c in trained.model.actions}
     truth = toy_truth(from_json(toy.ToyConfig, trained.config["toy"], f"{run}: toy"), clips) if is_toy else None
     return known | {"starts": Starts(np.asarray(clips.video)[:, context], actions, truth)}
+
+
+def mark_unseen(
+    calibration: Calibration, space: ActionSpace, names: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """What the choices are called of which some were never seen, and so have no code of their own."""
+    if len(space) != 1 or space[0].kind != "categorical":
+        return {}
+    (c,) = space
+    seen = calibration.actions.max(axis=0) > 0.5
+    called = names.get(c.name, tuple(map(str, range(c.size))))
+    marked = tuple(name if known else f"{name} (never seen)" for name, known in zip(called, seen, strict=True))
+    return {} if seen.all() else {c.name: marked}
 
 
 def clips_of(trained: Trained, run: Path, options: Options) -> Batch:

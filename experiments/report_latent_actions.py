@@ -26,7 +26,6 @@ from latent_action_scores import (
     flat_actions,
     in_pieces,
     infer_codes,
-    is_discrete,
     measure,
     name_action,
     score_split,
@@ -35,14 +34,23 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dreamer4.batch import ActionSpace, Batch
+from dreamer4.batch import ActionSpace, Batch, space_to_json
+from dreamer4.calibration import figures_of, is_discrete
 from dreamer4.config import at_least, from_json
 from dreamer4.data.episodes import EpisodeEntry, Split, read_index
 from dreamer4.data.gray import GraySource
 from dreamer4.data.loader import StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
 from dreamer4.errors import UserError
-from dreamer4.metrics.control import Calibration, calibrate, calibration_json, read_score, score_curve
+from dreamer4.metrics.control import (
+    CALIBRATION,
+    Calibration,
+    assess,
+    calibrate,
+    calibration_json,
+    read_score,
+    score_curve,
+)
 from dreamer4.models.latent_action import PairLatentAction, codes_of, infer, predict
 from dreamer4.models.patches import to_float
 from dreamer4.runs import load_latent_action
@@ -128,10 +136,10 @@ def report(options: Options) -> None:
     write_atomically(out / "report.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
     write_atomically(out / "report.html", page(figures))
     if calibration is not None:
-        path = options.run / "calibration.json"
+        path = options.run / CALIBRATION
         try:
             write_atomically(path, calibration_json(calibration))
-            print(f"{path}: the codes of {len(calibration.actions)} actions")
+            print(f"{path}: {figures_of(calibration)}")
         except OSError as error:
             print(f"{path} cannot be written ({error.strerror}): the world is played by codes")
     print(f"done: report.html, report.json in {out}")
@@ -247,6 +255,8 @@ def control_figures(
         ids, actions, test_ids, test_actions, discrete=discrete, counts=CLIPS_IN_CURVE, seed=options.seed
     )
     made = calibrate(flat_ids, flat, discrete=discrete, clips=len(ids), model=digest)
+    made = dataclasses.replace(made, space=tuple(space_to_json(material.actions)), names=dict(material.names))
+    made = assess(made, test_ids, test_actions)
     seen, counts = np.unique(test_actions, axis=0, return_counts=True)
     names = [name_action(material.actions, material.names, row) for row in made.actions]
     return made, {

@@ -17,6 +17,7 @@ from kept_corpus import FOLDER as CORPUS
 from kept_corpus import KeptCorpus, key_of
 
 from dreamer4.batch import Batch, BatchSpec, space_to_json
+from dreamer4.calibration import keep_calibration
 from dreamer4.config import ADDED, Precision, at_least, to_json, unread_precisions, with_precision
 from dreamer4.data.latents import Encode, LatentSource, encode_corpus
 from dreamer4.data.loader import ActionChoice, StoreSource
@@ -409,6 +410,8 @@ def train(config: Config) -> None:
         if run_of_tokenizer.resolve() != copy.resolve():
             adopt(run_of_tokenizer, copy)
         kept.keep()
+        if isinstance(source, StoreSource) and source.latents:
+            keep_calibration(source.latents.path, config.run.run_dir)
 
     train_in(
         config.run,

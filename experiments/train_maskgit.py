@@ -18,6 +18,7 @@ from kept_corpus import KeptCorpus, key_of
 from train_dynamics import check_frames, unread_choices
 
 from dreamer4.batch import BatchSpec, space_to_json
+from dreamer4.calibration import keep_calibration
 from dreamer4.config import ADDED, Precision, at_least, to_json, unread_precisions, with_precision
 from dreamer4.data.episodes import read_index
 from dreamer4.data.latents import LatentSource, encode_corpus
@@ -284,6 +285,8 @@ def train(config: Config) -> None:
         if origin.resolve() != copy.resolve():
             adopt(origin, copy)
         kept.keep()
+        if isinstance(source, StoreSource) and source.latents:
+            keep_calibration(source.latents.path, config.run.run_dir)
 
     train_in(
         config.run,

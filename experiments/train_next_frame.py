@@ -16,6 +16,7 @@ from recordings_data import find_recordings, is_data_set
 from train_tokenizer import PerceptualConfig, load_perceptual
 
 from dreamer4.batch import ActionComponent, BatchSpec, space_to_json
+from dreamer4.calibration import keep_calibration
 from dreamer4.config import ADDED, Precision, at_least, from_json, to_json, unread_precisions, with_precision
 from dreamer4.data.ingest import IngestOptions
 from dreamer4.data.loader import ActionChoice, StoreSource, check_data
@@ -312,7 +313,12 @@ def train(config: Config) -> None:
     resolved |= {"frame": [source.spec.height, source.spec.width, source.spec.channels]}
     if source.latents:
         resolved |= {"latent_actions": to_json(source.latents.record)}
-    train_in(config.run, resolved, objective, source, config.train, optimizers(config), frozen=weights)
+
+    def prepare() -> None:
+        if source.latents:
+            keep_calibration(source.latents.path, config.run.run_dir)
+
+    train_in(config.run, resolved, objective, source, config.train, optimizers(config), frozen=weights, prepare=prepare)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Video to codes (train_tokenizer.py), what happened between frames to a few codes more (train_latent_action.py, and
 extract_latent_actions.py writes them beside the frames), and what follows which (train_maskgit.py). Each stage lies in
 a folder of its own in the run's and goes on where it was stopped; each is also a command of its own, which this one
-prints. With no arguments it records a toy world first, and never looks at the actions that were recorded.
+prints. With no arguments it records a toy world first. No stage trains on the actions that were recorded: they only
+calibrate the codes, so that the world can be played by them.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class Config:
 
     run: Annotated[RunOptions, tyro.conf.OmitArgPrefixes] = RunOptions(Path("runs/tinyworlds"))
     data: Path = Path("data/tinyworlds")
-    """Data set of any video; its own actions, if it has some, are not looked at."""
+    """Data set of any video; its own actions, if it has some, are not trained on."""
     record: ToyPlayerConfig | None = None
     """The toy world to record where there is no such data set."""
     episodes: int = 2000

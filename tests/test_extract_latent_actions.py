@@ -75,7 +75,9 @@ def files(folder):
 
 def test_a_data_set_has_the_ids_of_the_model_on_the_fly(extract, params, data, tmp_path, capsys):
     extract("--data", data)
-    assert capsys.readouterr().out == f"{data}: latent actions of 65 frames added\n"
+    calibrated, added = capsys.readouterr().out.splitlines()
+    assert calibrated.startswith(f"{data / 'latent' / 'calibration.json'}: latent codes stand for the actions: ")
+    assert added == f"{data}: latent actions of 65 frames added"
     store = EpisodeStore(data)
     latents, on_the_fly = read_latents(store), jax.jit(functools.partial(infer, MODEL))
     assert len(np.unique(latents.ids)) > 4

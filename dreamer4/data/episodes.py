@@ -184,6 +184,10 @@ class EpisodeStore:
             raise UserError(f"{self.path} has no {split} episodes: none of its {len(self.index.episodes)} fell there")
         return found
 
+    def actions(self) -> dict[str, Shaped[np.ndarray, "frames ..."]]:
+        """The actions that led to every frame, by component."""
+        return group_columns(self._columns, "action/")
+
     def read(self, starts: Sequence[int] | np.ndarray, time: int, *, state: bool = False) -> Batch:
         """The windows of ``time`` frames from the rows ``starts`` on, as one batch of numpy arrays.
 

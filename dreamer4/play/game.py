@@ -89,6 +89,7 @@ class Game:
             "truth": self.starts is not None and self.starts.truth is not None,
             "max_rate": self.max_rate,
             "max_recording": self.recording_limit,
+            "calibration": None if about.calibration is None else str(about.calibration),
         }
 
     @property

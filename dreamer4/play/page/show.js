@@ -20,7 +20,8 @@ export function mark(/** @type {Record<string, any>} */ state) {
 export function showHello(/** @type {any} */ hello) {
   document.title = `${hello.title} - dreamer4`;
   $("title").textContent = hello.title;
-  $("what").textContent = `dreamt by ${SYSTEMS[hello.kind] ?? hello.kind}`;
+  const what = `dreamt by ${SYSTEMS[hello.kind] ?? hello.kind}`;
+  $("what").textContent = hello.calibration ? `${what}; ${hello.calibration}` : what;
   $("speed").max = hello.max_rate;
   $("record").title = `Record a GIF of up to ${hello.max_recording} frames (R)`;
   $("clip").max = Math.max(0, hello.starts - 1);
