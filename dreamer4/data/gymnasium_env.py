@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,9 @@ from dreamer4.data.formats.images import fit_image, parse_size
 from dreamer4.data.policies import HOLD, RANDOM, mixed, parse_mix, undirected
 from dreamer4.data.recording import Step, in_pieces, null_action
 from dreamer4.errors import UserError
+
+RESET, STEP = ("observation", "info"), ("observation", "reward", "terminated", "truncated", "info")
+"""What the methods of an environment return."""
 
 Encode = Callable[[Any], dict[str, Shaped[np.ndarray, "..."]]]
 
@@ -46,8 +52,11 @@ class GymPlayer:
     ``observation`` where they are a ``Box`` of one dimension. An episode is a function of the seed and its number if
     ``reset`` with a seed leaves nothing to chance or to the episodes before, which is Gymnasium's contract.
 
+    A step whose reward is not finite is lost, as in ``ingest``: the episode is cut before it, and stderr says so.
+
     Raises UserError where gymnasium is missing, cannot make the environment or lacks what it needs, for actions of a
-    kind that has no place in a data set, and for frames that are not of uint8, (H, W, 3), all of one size.
+    kind that has no place in a data set, for frames that are not of uint8, (H, W, 3), all of one size, for whatever
+    else a reset or a step returns that cannot be stored, and for whatever the environment itself raises.
     """
 
     def __init__(self, env_id: str, config: GymConfig):
@@ -58,15 +67,16 @@ class GymPlayer:
         self.source = {"kind": "gym", "id": env_id, **dataclasses.asdict(config), "mix": self._mix}
         self._resize = parse_size(config.resize)
         self._env = _make(env_id)
-        actions, self._encode = action_code(self._env.action_space, env_id)
         with _its_errors(env_id):
+            actions, self._encode = action_code(self._env.action_space, env_id)
             self._env.reset(seed=0)
             self._rendered = _checked_frame(self._env.render(), env_id).shape
+            frame_rate = float((self._env.metadata or {}).get("render_fps") or 0)
         size = self._resize or (self._rendered[0], self._rendered[1])
         self.schema = Schema(
             frame=(size[0], size[1], 3),
             actions=actions,
-            frame_rate=float(self._env.metadata.get("render_fps") or 0),
+            frame_rate=frame_rate,
             state=_state_columns(self._env.observation_space),
         )
 
@@ -76,27 +86,58 @@ class GymPlayer:
         return in_pieces(itertools.islice(steps, self._config.max_frames), self.schema)
 
     def close(self) -> None:
-        """Closes the environment."""
-        self._env.close()
+        """Closes the environment. One that cannot be closed is no harm to what was recorded."""
+        try:
+            self._env.close()
+        except Exception as e:
+            print(f"gym:{self._id}: it could not be closed: {_sentence(e)}", file=sys.stderr)
 
     def _steps(self, rng: np.random.Generator) -> Iterator[Step]:
         with _its_errors(self._id):
-            observation, _ = self._env.reset(seed=int(rng.integers(2**31)))
-        self._env.action_space.seed(int(rng.integers(2**31)))
+            observation, _ = self._parts(RESET, self._env.reset(seed=int(rng.integers(2**31))))
+            self._env.action_space.seed(int(rng.integers(2**31)))
         actions = mixed(undirected(self._env.action_space.sample, rng), self._mix, rng)
         yield self._observe(observation, null_action(self.schema.actions), 0.0, False)
-        over = False
+        over, frames = False, 1
         while not over:
-            action = next(actions)
             with _its_errors(self._id):
-                observation, reward, terminated, truncated, _ = self._env.step(action)
-            yield self._observe(observation, self._encode(action), float(reward), bool(terminated))
-            over = terminated or truncated
+                action = next(actions)
+                observation, *ends, _ = self._parts(STEP, self._env.step(action))
+            reward, terminated, truncated = (self._number(*end) for end in zip(STEP[1:], ends, strict=False))
+            if not math.isfinite(reward):
+                print(
+                    f"gym:{self._id}: an episode was cut after {frames} frames: reward {reward} found", file=sys.stderr
+                )
+                return
+            yield self._observe(observation, self._encode(action), reward, bool(terminated))
+            over, frames = bool(terminated or truncated), frames + 1
+
+    def _parts(self, names: tuple[str, ...], returned: Any) -> Any:
+        """What a method has returned, which is to be so many values."""
+        if isinstance(returned, (tuple, list)) and len(returned) == len(names):
+            return returned
+        found = f"{len(returned)} values" if isinstance(returned, (tuple, list)) else type(returned).__name__
+        method = "reset" if names == RESET else "step"
+        raise UserError(f"gym:{self._id}: {method} returned {found}, ({', '.join(names)}) expected")
+
+    def _number(self, name: str, value: Any) -> float:
+        """A number as float32 holds it, alone or in an array of size 1."""
+        with _its_errors(self._id):
+            array = np.asarray(value)
+        if array.size != 1 or array.dtype.kind not in "biuf":
+            found = f"{array.dtype} {array.shape}" if isinstance(value, np.ndarray) else repr(value)
+            raise UserError(f"gym:{self._id}: step gave the {name} {found:.100}, one number expected")
+        with np.errstate(over="ignore"):
+            return float(array.astype(np.float32).item())
 
     def _observe(self, observation: Any, action: dict[str, Any], reward: float, is_terminal: bool) -> Step:
         with _its_errors(self._id):
             frame = fit_image(_checked_frame(self._env.render(), self._id, self._rendered), self._resize, gray=False)
-        state = {name: np.array(observation, column.dtype) for name, column in self.schema.state.items()}
+            state = {name: np.array(observation, column.dtype) for name, column in self.schema.state.items()}
+        for name, column in self.schema.state.items():
+            if state[name].shape != column.shape:
+                found = state[name].shape
+                raise UserError(f"gym:{self._id}: an {name} of {found} found, {column.shape} expected, as in its space")
         return Step(frame, action, reward, is_terminal, state)
 
 
@@ -129,20 +170,32 @@ def _make(env_id: str) -> Any:
     except ImportError:
         raise UserError("playing gym:ID needs gymnasium: install the extra with `uv sync --extra play`") from None
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame is to draw, and to look for no screen
+    if ":" in env_id and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # for MODULE:ID: Python looks beside the script alone
     try:
         return gymnasium.make(env_id, render_mode="rgb_array", disable_env_checker=True)
     except Exception as e:  # whatever a constructor of someone else's raises
-        raise UserError(f"gym:{env_id} cannot be made to render rgb_array: {_sentence(e)}") from e
+        raise UserError(f"gym:{env_id} cannot be made to render rgb_array: {_sentence(e)}{_hint(env_id)}") from e
+
+
+def _hint(env_id: str) -> str:
+    """How else the games are to be had that Gymnasium knows only once their module is imported."""
+    if not (game := re.fullmatch(r"ALE/(\w+)-v\d+", env_id)):
+        return ""
+    return (
+        f"; with the extra atari, `record.py atari --game {game[1]}` plays it with its true state where that is known,"
+        f" and gym:ale_py:{env_id} as any environment"
+    )
 
 
 @contextlib.contextmanager
 def _its_errors(env_id: str) -> Iterator[None]:
-    """Turns what Gymnasium finds wrong, such as a library that the environment lacks, into the user's errors."""
-    from gymnasium.error import Error
-
+    """Turns whatever an environment raises, which is someone else's, into a sentence that names it."""
     try:
         yield
-    except (Error, ImportError) as e:
+    except UserError:
+        raise
+    except Exception as e:
         raise UserError(f"gym:{env_id}: {_sentence(e)}") from e
 
 

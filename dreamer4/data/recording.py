@@ -173,9 +173,10 @@ class _Worker:
             message: _Message = self.receiver.recv()
         except (EOFError, OSError):  # OSError: in the middle of a message
             self.process.join()
+            killed = self.process.exitcode == -signal.SIGKILL  # as the system does where memory runs out
             raise UserError(
                 f"processes: one ended early, with status {self.process.exitcode} and {self.left} episodes to play, so"
-                " nothing was recorded: take fewer if memory ran out"
+                f" nothing was recorded{': take fewer if memory ran out' if killed else '; what it printed says why'}"
             ) from None
         if isinstance(message, UserError):
             raise message

@@ -177,6 +177,111 @@ def test_what_cannot_be_recorded_is_named(make, options, message):
     assert "\n" not in str(error.value)
 
 
+class Odd(Tiny):
+    """One that returns or raises what it is told to, from its second step on."""
+
+    def __init__(self, step=None, reset=None, close=None, **keywords):
+        super().__init__(**keywords)
+        self.odd_step, self.odd_reset, self.odd_close = step, reset, close
+
+    def step(self, action):
+        parts = super().step(action)
+        return self.odd_step(parts) if self.odd_step and self.time > 1 else parts
+
+    def reset(self, seed=None, options=None):
+        parts, self.resets = super().reset(seed), getattr(self, "resets", 0) + 1
+        return self.odd_reset(parts) if self.odd_reset and self.resets > 1 else parts
+
+    def close(self):
+        if self.odd_close:
+            self.odd_close()
+
+
+def fails(*_):
+    raise KeyError("no such room,\nnot here")
+
+
+def with_reward(reward):
+    return lambda parts: (parts[0], reward, *parts[2:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": fails}, r"KeyError: 'no such room,\\nnot here'$"),
+        ({"reset": fails}, "KeyError: 'no such room"),
+        (
+            {"step": lambda parts: None},
+            r"step returned NoneType, \(observation, reward, terminated, truncated, info\) exp",
+        ),
+        ({"step": lambda parts: parts[:4]}, "step returned 4 values, "),
+        ({"reset": lambda parts: parts[0]}, r"reset returned ndarray, \(observation, info\) expected"),
+        ({"reset": lambda parts: None}, "reset returned NoneType, "),
+        ({"step": with_reward(None)}, "step gave the reward None, one number expected"),
+        ({"step": with_reward("3")}, "step gave the reward '3', one number expected"),
+        ({"step": with_reward(np.zeros(2))}, r"step gave the reward float64 \(2,\), one number expected"),
+        ({"step": lambda parts: (*parts[:2], None, *parts[3:])}, "step gave the terminated None, one number expected"),
+        ({"step": lambda parts: (*parts[:3], [0, 1], {})}, r"step gave the truncated \[0, 1\], one number expected"),
+        ({"step": lambda parts: (np.zeros(3), *parts[1:])}, r"an observation of \(3,\) found, \(2,\) expected"),
+        ({"step": lambda parts: (None, *parts[1:])}, r"an observation of \(\) found|TypeError"),
+        ({"step": lambda parts: ("here", *parts[1:])}, "ValueError: could not convert string to float"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*The obs returned by")
+def test_whatever_an_environment_does_wrong_is_a_sentence_with_its_name(make, options, message):
+    player = make(env=Odd, **options)
+    with pytest.raises(UserError, match=message) as error:
+        play(player)
+    assert str(error.value).startswith(f"gym:{ID}: ")
+    assert "\n" not in str(error.value)
+    assert "memory" not in str(error.value)
+
+
+def draws_twice(time):
+    return fails() if time > 1 else np.zeros((6, 8, 3), np.uint8)
+
+
+def test_what_goes_wrong_in_drawing_is_a_sentence_too(make):
+    with pytest.raises(UserError, match=f"^gym:{ID}: KeyError: 'no such room"):
+        play(make(render=draws_twice))
+    with pytest.raises(UserError, match=f"^gym:{ID}: KeyError: 'no such room"):
+        make(render=fails)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.array, lambda x: np.array([x]), lambda x: np.array([[x]], np.float16)])
+def test_a_reward_may_be_an_array_of_one_number(make, kind):
+    made, _ = play(make(env=Odd, step=lambda parts: (parts[0], kind(parts[1]), np.array([parts[2]]), *parts[3:])))
+    np.testing.assert_array_equal(made.reward, np.arange(8) / 2)
+    assert made.is_terminal.tolist() == 7 * [False] + [True]
+
+
+@pytest.mark.parametrize("reward", [np.nan, np.inf, 1e39, np.array([-np.inf])])
+def test_an_episode_is_cut_before_a_reward_that_is_not_finite(make, reward, capsys):
+    made, _ = play(make(env=Odd, step=lambda parts: with_reward(reward)(parts) if parts[1] == 2.0 else parts))
+    np.testing.assert_array_equal(made.reward, np.arange(4) / 2)
+    assert not made.is_terminal.any()
+    said = capsys.readouterr().err
+    assert said.startswith(f"gym:{ID}: an episode was cut after 4 frames: reward ")
+
+
+def test_one_that_cannot_be_closed_does_no_harm(make, capsys):
+    make(env=Odd, close=fails).close()
+    assert capsys.readouterr().err.startswith(f"gym:{ID}: it could not be closed: KeyError")
+
+
+def test_a_module_is_looked_for_where_one_is(tmp_path, monkeypatch):
+    (tmp_path / "my_envs.py").write_text(
+        "import gymnasium\nfrom test_gymnasium_env import Tiny\ngymnasium.register('Mine-v0', Tiny)\n"
+    )
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    with pytest.raises(UserError, match="No module named 'my_envs'"):
+        GymPlayer("my_envs:Mine-v0", GymConfig())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    assert GymPlayer("my_envs:Mine-v0", GymConfig()).schema.frame == (6, 8, 3)
+    sys.modules.pop("my_envs")
+
+
 def test_frames_that_change_their_size_are_named(make):
     player = make(render=lambda time: np.zeros((6, 8 + time // 3, 3), np.uint8))
     with pytest.raises(UserError, match=r"rendered uint8 \(6, 9, 3\), expected uint8 \(6, 8, 3\)"):
@@ -187,6 +292,11 @@ def test_frames_that_change_their_size_are_named(make):
 def test_an_unknown_id_is_named(env_id):
     with pytest.raises(UserError, match=f"^gym:{env_id} cannot be made"):
         GymPlayer(env_id, GymConfig())
+
+
+def test_a_game_of_ales_is_told_of_its_own_command():
+    with pytest.raises(UserError, match=r"`record.py atari --game Pong` plays it.*and gym:ale_py:ALE/Pong-v5 as any"):
+        GymPlayer("ALE/Pong-v5", GymConfig())
 
 
 def test_missing_gymnasium_is_named_with_its_extra(monkeypatch):

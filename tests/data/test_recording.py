@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import itertools
+import multiprocessing
 import os
 import signal
+from multiprocessing.context import SpawnProcess
 
 import numpy as np
 import pytest
@@ -98,8 +100,31 @@ def test_the_users_mistake_comes_from_a_worker_as_it_is():
 
 
 def test_a_worker_that_dies_is_told_of():
-    with pytest.raises(UserError, match="one ended early, with status 9 and 2 episodes to play"):
+    with pytest.raises(UserError, match=r"one ended early, with status 9 and 2 .* recorded; what it printed says why$"):
         play(2, "die")
+
+
+class Ended(SpawnProcess):
+    """A worker that is no more."""
+
+    exitcode = 0
+
+    def __init__(self, status):
+        self.exitcode = status
+
+    def join(self, timeout=None):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "why"), [(-9, ": take fewer if memory ran out"), (1, "; what it printed says why"), (-15, "; what")]
+)
+def test_memory_is_blamed_for_a_kill_alone(status, why):
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    sender.close()
+    worker = recording._Worker(Ended(status), receiver, 2)
+    with pytest.raises(UserError, match=f"with status {status} and 2 episodes to play, so nothing was recorded{why}"):
+        worker.receive()
 
 
 def test_workers_run_ahead_as_far_as_memory_goes_and_end_when_asked(monkeypatch):
