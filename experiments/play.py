@@ -31,7 +31,7 @@ from dreamer4.dreamers import Trained, load
 from dreamer4.errors import UserError
 from dreamer4.metrics.control import CALIBRATION, Calibration
 from dreamer4.play.game import Game, Starts, Truth
-from dreamer4.play.guard import Guard, is_local
+from dreamer4.play.guard import Guard, host_name, is_local
 from dreamer4.play.server import Limits, Server, listen
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.train.cli import main
@@ -73,7 +73,7 @@ class Options:
     token: str | None = None
     """What players must bring; where none is given, one is made up at each start, if there may be strangers."""
     names: tuple[str, ...] = ()
-    """Names by which players elsewhere may call this machine or its proxy, beside its addresses."""
+    """Names by which players elsewhere may call this machine or its proxy, beside its addresses; any port does."""
     sessions: int = 8
     """Players at a time."""
     idle: float = 600.0
@@ -86,6 +86,11 @@ class Options:
         at_least(0, self, "port")
         if self.token == "":
             raise UserError("token: '' found, some letters expected")
+        for name in self.names:
+            if host_name(name) is None:
+                raise UserError(
+                    f"names: {name!r} found, a name such as world.example expected, without https:// or a path"
+                )
 
 
 def play(options: Options) -> None:
@@ -111,7 +116,7 @@ def serve(options: Options, listening: socket.socket) -> None:
     is_alone = is_local(options.host) and not options.names
     token = options.token or (None if is_alone else secrets.token_urlsafe(16))
     url = address(options, listening.getsockname()[1], token)
-    guard = Guard((*(name.lower() for name in options.names), socket.gethostname().lower()), token)
+    guard = Guard((*filter(None, map(host_name, options.names)), socket.gethostname().lower()), token)
     limits = Limits(sessions=options.sessions, idle_seconds=options.idle)
 
     def ready() -> None:

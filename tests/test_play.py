@@ -135,6 +135,16 @@ def test_a_token_of_ones_own(run_of, play, monkeypatch, capsys):
     assert "#token=mine\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["world.example", "World.Example:8443", "world.example:443"])
+def test_a_proxys_name_may_have_a_port(run_of, play, monkeypatch, name):
+    guards = []
+    monkeypatch.setattr(Server, "run", lambda self, _: guards.append(self.guard))
+    play(run=run_of("next_frame"), names=(name,))
+    for host in ("world.example", "world.example:443", "world.example:8443"):
+        assert guards[0].knows_host([host])
+    assert not guards[0].knows_host(["evil.example:8443"])
+
+
 # ----- what is known of a world -----
 
 
@@ -269,6 +279,9 @@ def test_what_cannot_be_played_is_refused(play, run_of, tmp_path):
         ({"idle": 0.0}, "idle: 0.0 found, 1 or more expected"),
         ({"port": -1}, "port: -1 found, 0 or more expected"),
         ({"token": ""}, "token: '' found, some letters expected"),
+        ({"names": ("https://a.example",)}, "names: 'https://a.example' found, a name such as world.example expected"),
+        ({"names": ("b.example", "a.example/world")}, "names: 'a.example/world' found, a name such as world.example"),
+        ({"names": ("",)}, "names: '' found, a name such as world.example expected"),
     ],
 )
 def test_options_that_cannot_be_are_refused(script, options, sentence):

@@ -86,6 +86,41 @@ def test_pages_of_its_own_are_known():
 
 
 @pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("https://world.example", "world.example:443"),
+        ("http://world.example", "world.example:80"),
+        ("https://world.example:443", "world.example"),
+        ("https://World.Example", "world.example:443"),
+        ("https://world.example:8443", "world.example:8443"),
+        ("http://[::1]", "[::1]:80"),
+    ],
+)
+def test_a_port_that_goes_without_saying_may_be_said(origin, host):
+    assert Guard().knows_origin([origin], [host])
+
+
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("https://world.example", "world.example:80"),
+        ("http://world.example", "world.example:443"),
+        ("https://world.example", "world.example:8443"),
+        ("https://world.example:8443", "world.example"),
+        ("https://world.example", "other.example:443"),
+        ("https://world.example:443/", "world.example"),
+        ("https://a@world.example", "world.example"),
+        ("ftp://world.example", "world.example"),
+        ("://world.example", "world.example"),
+        ("https://", ""),
+        ("https://world.example:x", "world.example:x"),
+    ],
+)
+def test_another_port_or_scheme_is_another_page(origin, host):
+    assert not Guard().knows_origin([origin], [host])
+
+
+@pytest.mark.parametrize(
     "origins",
     [
         [],
