@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from dreamer4.dreamers import load as load_trained
 from dreamer4.errors import UserError
 from dreamer4.metrics.control import Calibration
 from dreamer4.nn.counts import parameter_count
+from dreamer4.nn.shapes import shapes_repr
 from dreamer4.rollout.generate import time_first
 from dreamer4.rollout.predict import Predictor
 from dreamer4.runs import kind_of
@@ -72,6 +74,8 @@ class WorldState:
     single: bool = dataclasses.field(metadata=STATIC)
     """Whether it is one stream, whose frames and actions have no batch axis."""
 
+    __repr__ = shapes_repr
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,6 +112,7 @@ class World:
 
         Raises UserError for frames of another size or type, and for actions as ``step`` does.
         """
+        check_process()
         seed = _read_seed(seed)
         if frames is None:
             if actions is not None:
@@ -136,6 +141,7 @@ class World:
 
         Raises UserError for an action of another shape or type and, where its values are known, out of range.
         """
+        check_process()
         lead = () if state.single else state.frame.shape[:1]
         told = self._null(lead) if action is None else self.read_action(action, lead)
         return _step(self, state, told, np.asarray(action is not None))
@@ -145,6 +151,7 @@ class World:
 
         ``actions`` have an axis T for the time: before the components' own, after that for the streams.
         """
+        check_process()
         lead = (None,) if state.single else (state.frame.shape[0], None)
         return _rollout(self, state, self.read_action(actions, lead, "actions"))
 
@@ -219,6 +226,7 @@ def load(
     Raises UserError where there is no such run, where it dreams nothing (a tokenizer's, say), where its files are
     damaged, for a K that its model cannot take, and for a calibration of other codes.
     """
+    check_process()
     trained = run if isinstance(run, Trained) else load_trained(Path(run).expanduser())
     if calibration == "own":
         calibration = None if isinstance(run, Trained) else find_calibration(Path(run).expanduser(), trained.config)
@@ -237,6 +245,22 @@ def load(
     )
     world = World(make_dreamer(trained, steps), jax.device_put(trained.params), description, codes)
     return world if k is None else world.with_k(k)
+
+
+_process: int | None = None  # in which a world was first in use
+
+
+def check_process() -> None:
+    """Raises UserError in a process that was forked from one that had used a world: JAX's threads do not come along,
+    and whatever waits for them waits for ever."""
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise UserError(
+            "world: found in a process forked from one that had used a world, in which JAX hangs: start processes by"
+            ' spawn, as multiprocessing.get_context("spawn") and AsyncVectorEnv(..., context="spawn") do, or step many'
+            " streams in one process by WorldVectorEnv"
+        )
 
 
 @functools.partial(jax.jit, static_argnames="batch")

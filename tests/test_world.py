@@ -124,6 +124,17 @@ def test_a_seed_says_all_that_is_drawn(played):
     assert np.any(other != frames) == (world.describe().kind == "dynamics")  # the others draw nothing
 
 
+def test_a_state_is_shown_by_its_shapes(played, worlds):
+    world, state, *_ = played
+    assert len(repr(state)) < 600
+    height, width, channels = world.describe().frame
+    assert f"frame=uint8[{height}, {width}, {channels}], single=True" in repr(state)
+    assert type(state.dream).__name__ in repr(state)
+    assert "[[" not in repr(state)
+    stacked = jax.tree.map(lambda x: np.stack([x, x]), worlds["next_frame"].reset())
+    assert "frame=float32[2, 1, 16, 16, 3]" in repr(stacked)
+
+
 def test_a_state_shows_what_was_seen_last(played):
     world, state, actions, _ = played
     np.testing.assert_array_equal(state.frame, clip(world, CONTEXT)[0][-1])

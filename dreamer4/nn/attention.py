@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from dreamer4.nn.shapes import shapes_repr
 from dreamer4.nn.tiled_attention import tiled_attention
 
 Kernel = Literal["auto", "plain", "fused", "tiled"]
@@ -130,6 +131,8 @@ class KVCache:
     key: Float[Any, "*many layer B S Hkv W K"]
     value: Float[Any, "*many layer B S Hkv W K"]
     frame: Int[Any, "*many"]
+
+    __repr__ = shapes_repr
 
 
 def ring_frames(frame: Int[Array, ""], slots: int) -> Int[Array, " W"]:

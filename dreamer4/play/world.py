@@ -3,6 +3,8 @@
 env = WorldEnv("runs/dynamics", max_steps=200)
 envs = WorldVectorEnv("runs/dynamics", num_envs=8)
 env = gymnasium.make("dreamer4.play.world:dreamer4/World-v0", world="runs/dynamics")
+
+Without a world it is the bundled one.
 """
 
 import copy
@@ -18,7 +20,8 @@ from jaxtyping import Array, Bool, PyTree, UInt8, UInt32
 
 from dreamer4.batch import ActionComponent, ActionSpace
 from dreamer4.errors import UserError
-from dreamer4.world import Action, World, WorldState, load
+from dreamer4.nn.shapes import shapes_repr
+from dreamer4.world import BUNDLED, Action, World, WorldState, check_process, load
 
 try:
     import gymnasium
@@ -68,6 +71,8 @@ class Snapshot:
     random: Any
     over: Any = None
 
+    __repr__ = shapes_repr
+
 
 class WorldEnv(gymnasium.Env[Frame, Any]):
     """A world as an environment: frames are the observations, its actions are the actions.
@@ -87,7 +92,7 @@ class WorldEnv(gymnasium.Env[Frame, Any]):
 
     def __init__(
         self,
-        world: World | str | Path,
+        world: World | str | Path = BUNDLED,
         *,
         start: Any = None,
         start_actions: Any = None,
@@ -148,7 +153,7 @@ class WorldVectorEnv(VectorEnv[Frame, Any, np.ndarray]):
 
     def __init__(
         self,
-        world: World | str | Path,
+        world: World | str | Path = BUNDLED,
         num_envs: int = 1,
         *,
         start: Any = None,
@@ -174,6 +179,7 @@ class WorldVectorEnv(VectorEnv[Frame, Any, np.ndarray]):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Frame, dict[str, Any]]:
         """The first frame of each stream; those that a ``reset_mask`` leaves out go on where they are."""
+        check_process()
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
         if np.shape(mask) != (self.num_envs,) or np.asarray(mask).dtype != bool:
             raise UserError(f"reset_mask: {np.shape(mask)} found, {self.num_envs} of True and False expected")
@@ -188,6 +194,7 @@ class WorldVectorEnv(VectorEnv[Frame, Any, np.ndarray]):
 
     def step(self, actions: Any) -> tuple[Frame, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """The frame to which each stream's action leads. Raises UserError as ``World.step`` does."""
+        check_process()
         told = self.world.read_action(actions, (self.num_envs,))
         state, over = self._known(), self._over
         if not over.all():

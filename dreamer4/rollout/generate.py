@@ -17,6 +17,7 @@ from dreamer4.models.dynamics import Dynamics
 from dreamer4.models.patches import to_float
 from dreamer4.models.tokenizer import Tokenizer
 from dreamer4.nn.attention import KVCache
+from dreamer4.nn.shapes import shapes_repr
 from dreamer4.rollout.denoise import check_steps, denoise, mix
 
 Action = dict[str, Shaped[Array, "B ..."]]
@@ -37,6 +38,8 @@ class DreamState:
     decoder: KVCache
     latents: Float[Any, "*many B Sz Dz"]
     key: Key[Array, "*many"]
+
+    __repr__ = shapes_repr
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, UInt8
 from dreamer4.batch import Actions
 from dreamer4.models.next_frame import NextFrame, predict
 from dreamer4.models.patches import to_float
+from dreamer4.nn.shapes import shapes_repr
 from dreamer4.rollout.generate import Action, LongActions, time_first
 
 
@@ -22,6 +23,8 @@ class PredictionState:
     """All that the future depends on: the last ``frame`` of B streams, in [0, 1]. States may be stacked (``many``)."""
 
     frame: Float[Any, "*many B H W C"]
+
+    __repr__ = shapes_repr
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from dreamer4.models.patches import to_float
 from dreamer4.models.video_tokenizer import VideoTokenizer, decode_codes, encode_video
 from dreamer4.nn.attention import KVCache
 from dreamer4.nn.quantizers import fsq_codes
+from dreamer4.nn.shapes import shapes_repr
 from dreamer4.rollout.generate import Action, LongActions
 
 Schedule = Literal["exponential", "cosine", "halton"]
@@ -100,6 +101,8 @@ class UnmaskState:
     decoder: KVCache
     codes: Float[Any, "*many B N D"]
     key: Key[Array, "*many"]
+
+    __repr__ = shapes_repr
 
 
 @dataclasses.dataclass(frozen=True)

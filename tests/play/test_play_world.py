@@ -1,4 +1,7 @@
 import importlib
+import os
+import select
+import signal
 import sys
 import warnings
 
@@ -175,6 +178,60 @@ def test_gymnasium_makes_vectors_of_it(world):
     envs = gymnasium.make_vec(ID, num_envs=2, vectorization_mode="vector_entry_point", world=world)
     assert isinstance(envs, WorldVectorEnv)
     assert envs.action_space == gymnasium.spaces.MultiDiscrete([5, 5])
+
+
+def test_without_a_world_it_is_the_bundled_one():
+    env = gymnasium.make(ID)
+    assert env.unwrapped.world.describe() == load().describe()
+    assert env.action_space == gymnasium.spaces.Discrete(5)
+
+
+# ----- in other processes -----
+
+
+def in_a_fork(call, seconds=20.0):
+    """What ``call()`` raises in a process that is forked from this one, in words; fails if it does not end."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            call()
+            said = "nothing"
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.close(writing)
+    try:
+        assert select.select([reading], [], [], seconds)[0], "it hangs"
+        return os.read(reading, 10_000).decode()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+
+
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning", "ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("what", ["load", "made here", "made there", "reset", "rollout", "many", "begun here"])
+def test_a_forked_process_is_told_to_spawn(world, run_of, what):
+    env, envs = WorldEnv(world), WorldVectorEnv(world, 2)
+    state = world.reset(seed=0)
+    if what == "begun here":
+        env._state = envs._state = state  # as after a reset
+    calls = {
+        "load": lambda: load(run_of("dynamics")),
+        "made here": env.reset,
+        "made there": lambda: WorldEnv(world).reset(),
+        "reset": lambda: world.reset(seed=1),
+        "rollout": lambda: world.rollout(state, [1, 2]),
+        "many": envs.reset,
+        "begun here": lambda: env.step(0),
+    }
+    said = in_a_fork(calls[what])
+    assert said.startswith("UserError: world: found in a process forked from one that had used a world")
+    for remedy in ('context="spawn"', "WorldVectorEnv"):
+        assert remedy in said
+    if what == "begun here":
+        assert in_a_fork(lambda: envs.step(np.zeros(2, int))) == said
 
 
 # ----- spaces -----
