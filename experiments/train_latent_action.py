@@ -23,7 +23,7 @@ from dreamer4.models.sequence_latent_action import SequenceConfig
 from dreamer4.nn.counts import parameter_count, tree_bytes
 from dreamer4.nn.quantizers import FSQConfig, VQConfig
 from dreamer4.nn.transformer import TransformerConfig
-from dreamer4.objectives.latent_action import LatentActionLearning, LatentActionWeights
+from dreamer4.objectives.latent_action import LatentActionLearning, LatentActionWeights, refuse_batch_norm
 from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
 from dreamer4.train.fit import Source, TrainConfig, make_program
 from dreamer4.train.optimizer import OptimizerConfig
@@ -223,10 +223,11 @@ def make_objective(config: Config, spec: BatchSpec) -> tuple[LatentActionLearnin
     """The objective for frames of ``spec``, and the weights of its perceptual term. A ``UserError`` where clips hold no
     transition, or a step fewer vectors than a codebook has codes."""
     model = config.latent_action.build(spec.height, spec.width, spec.channels)
+    refuse_batch_norm(model, config.train.accumulate)
     for clips, frames in config.train.shapes:
         if frames < 2:
             raise UserError(f"train.clip_length: {frames} found, 2 or more expected: actions lie between frames")
-        vectors = clips // config.train.accumulate * (frames - 1) * model.tokens
+        vectors = clips * (frames - 1) * model.tokens
         if config.latent_action.quantizer == "vq" and vectors < model.code_count:
             raise UserError(
                 f"vq.codes: {model.code_count} found, at most {vectors} expected, as many vectors as a step has:"

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from dreamer4.config import at_least
 from dreamer4.errors import UserError
 from dreamer4.models.discriminator import Action, Discriminator
+from dreamer4.nn.parts import in_parts, refuse_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ def judge(
     action: Action,
     key: PRNGKeyArray,
     progress: Float[Array, ""] | float,
+    parts: int = 1,
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Float[Array, ""]]]:
     """``(generator's term, discriminator's loss, metrics)``, both to be added to the loss that is minimised.
 
@@ -77,13 +79,17 @@ def judge(
     alone. So the gradient of the sum is to each what it would be by itself. ``predicted`` and ``truth`` are judged
     beside the same ``current`` frame and ``action``, which get no gradient. ``progress`` is the share of the run that
     is done. The metrics: ``adversarial`` (the term, not weighed), ``discriminator``, and the shares of places that it
-    tells rightly, ``real_accuracy`` and ``fake_accuracy``.
+    tells rightly, ``real_accuracy`` and ``fake_accuracy``. The network takes the pictures in ``parts``.
     """
+    if model.config.norm == "batch":
+        refuse_parts(parts, "discriminator.norm", "batch", "it goes by the moments of all that is judged at once")
     current = jax.lax.stop_gradient(current)
 
     def logits(params: PyTree, frame: Float[Array, "B H W C"]) -> Float[Array, "B h w"]:
-        said: Any = model.apply({"params": params}, frame, current, action)
-        return said
+        def apply(*seen: Any) -> Any:
+            return model.apply({"params": params}, *seen)
+
+        return in_parts(apply, parts)(frame, current, action)
 
     fooled = generator_loss(logits(jax.lax.stop_gradient(params), predicted))
     real, fake = (logits(params, jax.lax.stop_gradient(x)) for x in (truth, predicted))

@@ -18,6 +18,7 @@ from dreamer4.metrics.pixels import l2, mse_to_psnr, ssim
 from dreamer4.models.latent_action import (
     LatentActionModel,
     PairLatentAction,
+    Seen,
     decode,
     encode,
     infer,
@@ -27,9 +28,10 @@ from dreamer4.models.latent_action import (
 )
 from dreamer4.models.patches import to_float
 from dreamer4.models.sequence_latent_action import SequenceLatentAction, hide_frames, variance_loss
+from dreamer4.nn.parts import in_parts, refuse_parts
 from dreamer4.nn.quantizers import VQConfig, code_use, update_vq
 from dreamer4.objectives.loss_scales import LossScales, init_scales, normalize
-from dreamer4.objectives.masked_autoencoding import Perceptual
+from dreamer4.objectives.masked_autoencoding import Perceptual, clip_distances
 
 MOMENTS_DECAY = 0.99  # of batch norm's running moments
 
@@ -89,24 +91,36 @@ class LatentActionLearning:
         return params, Carry(scales, state, codebook, replaced, params.get("moments"))
 
     def loss(
-        self, params: PyTree, carry: Carry, frozen: PyTree, batch: Batch, key: PRNGKeyArray, step: Int[Array, ""]
+        self,
+        params: PyTree,
+        carry: Carry,
+        frozen: PyTree,
+        batch: Batch,
+        key: PRNGKeyArray,
+        step: Int[Array, ""],
+        *,
+        parts: int = 1,
     ) -> tuple[Float[Array, ""], tuple[Carry, dict[str, Array]]]:
+        refuse_batch_norm(self.model, parts)
         video = to_float(batch.video)
-        vectors, seen = encode(self.model, params, video, train=True)
+        vectors, seen = in_parts(lambda video: encode(self.model, params, video, train=True), parts)(video)
         quantized = quantize(self.model, params, vectors)
         hide_key, reset_key = jax.random.split(key)
         hidden = self._hide(hide_key, (vectors.shape[0], vectors.shape[1]))
         hardness = self._hardness(step)
         codes = vectors + hardness * (quantized.codes - vectors)  # the gradient is the vectors', whatever the hardness
-        painted, more = decode(self.model, params, video, codes, hidden=hidden, train=True)
+
+        def paint(video: Array, codes: Array, hidden: Array | None) -> tuple[Array, Seen]:
+            return decode(self.model, params, video, codes, hidden=hidden, train=True)
+
+        painted, more = in_parts(paint, parts)(video, codes, hidden)
         error = jnp.square(painted - video[:, 1:])
         terms = {"mse": jnp.mean(error)}
         if self.weights.changed:
             changed = jnp.any(batch.video[:, 1:] != batch.video[:, :-1], axis=-1)
             terms["changed"] = _mean_where(dilate(jnp.asarray(changed), self.weights.reach), error)
         if self.perceptual is not None:
-            ours, truth = (rearrange(x, "b t h w c -> (b t) h w c") for x in (painted, video[:, 1:]))
-            terms["lpips"] = self.perceptual(frozen, ours, truth).mean()
+            terms["lpips"] = clip_distances(self.perceptual, frozen, painted, video[:, 1:], parts).mean()
         scaled, scales = normalize(terms, carry.scales)
         loss = scaled["mse"] + self.weights.changed * scaled.get("changed", 0.0)
         loss = loss + self.weights.perceptual * scaled.get("lpips", 0.0)
@@ -184,6 +198,12 @@ class LatentActionLearning:
         rows = jnp.stack([frames[:, :-1], truth, painted, wrong, jnp.clip(0.5 + (painted - truth), 0, 1)])
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0)
         return rearrange(rows, "r b t h w c -> t (r h) (b w) c")
+
+
+def refuse_batch_norm(model: LatentActionModel, parts: int) -> None:
+    """A ``UserError`` for a batch in several parts and a model with batch norm."""
+    if isinstance(model, PairLatentAction) and "batch" in (model.config.norm, model.config.frame_norm):
+        refuse_parts(parts, "pair.norm", "batch", "it goes by the moments of all clips of a step")
 
 
 def _follow(moments: PyTree, seen: PyTree) -> PyTree:

@@ -19,6 +19,7 @@ from dreamer4.metrics.pixels import l2, mse_to_psnr, ssim
 from dreamer4.models.patches import patchify, to_float, unpatchify
 from dreamer4.models.tokenizer import Tokenizer, init_tokenizer, reconstruct
 from dreamer4.models.video_tokenizer import VideoTokenizer, decode_codes, encode_video, init_video_tokenizer
+from dreamer4.nn.parts import in_parts
 from dreamer4.nn.quantizers import code_use
 from dreamer4.objectives.loss_scales import LossScales, init_scales, normalize
 
@@ -69,18 +70,32 @@ class MaskedAutoencoding:
         return init_video_tokenizer(self.model, key), init_scales(names)
 
     def loss(
-        self, params: PyTree, carry: LossScales, frozen: PyTree, batch: Batch, key: Array, step: Int[Array, ""]
+        self,
+        params: PyTree,
+        carry: LossScales,
+        frozen: PyTree,
+        batch: Batch,
+        key: Array,
+        step: Int[Array, ""],
+        *,
+        parts: int = 1,
     ) -> tuple[Float[Array, ""], tuple[LossScales, dict[str, Array]]]:
         """``mse / rms(mse) + weight * lpips / rms(lpips)``, both on the model's own full reconstruction."""
         mask_key, frames_key = jax.random.split(key)
         video = to_float(batch.video)
         masked = self.mask(mask_key, video.shape[:2], self.ceiling(step))
-        painted, usage = self._paint(params, video, masked)
+
+        def paint(video: Array, masked: Array) -> tuple[Array, Array | None]:
+            painted, usage = self._paint(params, video, masked)
+            return painted, None if usage is None else usage[None]
+
+        painted, usages = in_parts(paint, parts)(video, masked)
+        usage = None if usages is None else usages.mean(0)
         terms = {"mse": jnp.mean(jnp.square(painted - video))}
         if self.perceptual is not None:
             chosen = self._choose_frames(frames_key, video.shape[1])
-            ours, truth = (rearrange(x[:, chosen], "b t h w c -> (b t) h w c") for x in (painted, video))
-            terms["lpips"] = self.perceptual(frozen, ours, truth).mean()
+            ours, truth = (x[:, chosen] for x in (painted, video))
+            terms["lpips"] = clip_distances(self.perceptual, frozen, ours, truth, parts).mean()
         scaled, carry = normalize(terms, carry)
         loss = scaled["mse"] + self.config.perceptual_weight * scaled.get("lpips", 0.0)
         return loss, (carry, terms | {"masked": masked.mean()} | _told(usage))
@@ -139,6 +154,22 @@ class MaskedAutoencoding:
     def _choose_frames(self, key: Array, frames: int) -> Int[Array, " n"]:
         count = max(1, round(self.config.perceptual_share * frames))
         return jax.random.permutation(key, frames)[:count]
+
+
+def clip_distances(
+    perceptual: Perceptual,
+    weights: PyTree,
+    ours: Float[Array, "B T H W C"],
+    truth: Float[Array, "B T H W C"],
+    parts: int,
+) -> Float[Array, " BT"]:
+    """``perceptual`` of every frame, the clips in ``parts`` one after another."""
+
+    def measure(ours: Array, truth: Array) -> Array:
+        flat = (rearrange(x, "b t h w c -> (b t) h w c") for x in (ours, truth))
+        return perceptual(weights, *flat).reshape(ours.shape[:2])
+
+    return in_parts(measure, parts)(ours, truth).reshape(-1)
 
 
 def _told(usage: Float[Array, " K"] | None) -> dict[str, Array]:

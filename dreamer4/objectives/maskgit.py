@@ -17,6 +17,7 @@ from dreamer4.errors import UserError
 from dreamer4.models.maskgit import MaskGIT, init_maskgit
 from dreamer4.models.patches import to_float
 from dreamer4.models.video_tokenizer import VideoTokenizer, encode_video, reconstruct_video
+from dreamer4.nn.parts import in_parts, refuse_parts
 from dreamer4.nn.quantizers import fsq_ids
 from dreamer4.rollout.evaluation import Horizon, film, pooled_psnr, score
 from dreamer4.rollout.unmask import Schedule, Unmasker
@@ -117,7 +118,15 @@ class MaskedTokens:
         return init_maskgit(self.model, key), {}
 
     def loss(
-        self, params: PyTree, carry: PyTree, frozen: PyTree, batch: Batch, key: PRNGKeyArray, step: Int[Array, ""]
+        self,
+        params: PyTree,
+        carry: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        key: PRNGKeyArray,
+        step: Int[Array, ""],
+        *,
+        parts: int = 1,
     ) -> tuple[Float[Array, ""], tuple[PyTree, dict[str, Array]]]:
         """The scalar; ``cross_entropy`` and ``accuracy`` of the hidden tokens, and the share ``masked`` of all;
         of a mixture of experts also its ``balance``.
@@ -125,13 +134,22 @@ class MaskedTokens:
         Each clip counts alike, so that the few tokens hidden after a whole past weigh as much as the many elsewhere.
         """
         del step
+        experts = self.model.config.transformer.experts
+        if experts > 1:
+            refuse_parts(parts, "transformer.experts", experts, "their use is balanced over all clips of a step")
         masked = self.mask(key, batch.reward.shape)
-        nll, right, balance = self.judge(params, self.codes(frozen, batch), masked, batch)
+
+        def judge(masked: Array, batch: Batch) -> tuple[Array, Array, Array]:
+            nll, right, balance = self.judge(params, self.codes(frozen, batch), masked, batch)
+            return nll, right, balance[None]
+
+        nll, right, balances = in_parts(judge, parts)(masked, batch)
         cross_entropy = clip_mean(nll, masked).mean()
         metrics = {"cross_entropy": cross_entropy, "accuracy": clip_mean(right, masked).mean()}
         metrics |= {"masked": masked.mean()}
-        if self.model.config.transformer.experts == 1:
+        if experts == 1:
             return cross_entropy, (carry, metrics)
+        balance = balances.mean()
         return cross_entropy + self.config.balance_weight * balance, (carry, metrics | {"balance": balance})
 
     def codes(self, frozen: PyTree, batch: Batch) -> Float[Array, "B T N D"]:

@@ -6,6 +6,7 @@ predictions, since errors add up in a dream.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from dreamer4.metrics.pixels import l1, l2, mse_to_psnr, ssim
 from dreamer4.models.discriminator import Discriminator, init_discriminator
 from dreamer4.models.next_frame import NextFrame, init_next_frame, predict
 from dreamer4.models.patches import to_float
+from dreamer4.nn.parts import in_parts
 from dreamer4.objectives.adversarial import AdversaryConfig, judge
 from dreamer4.objectives.image_losses import fft_loss, sobel_loss, ssim_loss
 from dreamer4.rollout.evaluation import Horizon, film, pooled_psnr, score
@@ -75,14 +77,22 @@ class NextFramePrediction:
         return {"generator": params, "discriminator": judged}, {}
 
     def loss(
-        self, params: PyTree, carry: PyTree, frozen: PyTree, batch: Batch, key: PRNGKeyArray, step: Int[Array, ""]
+        self,
+        params: PyTree,
+        carry: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        key: PRNGKeyArray,
+        step: Int[Array, ""],
+        *,
+        parts: int = 1,
     ) -> tuple[Float[Array, ""], tuple[PyTree, dict[str, Array]]]:
         """The scalar, and each term by itself. Two scalars in one with a discriminator: its own loss has no gradient to
         the generator, nor the generator's to it."""
         noise_key, judge_key = jax.random.split(key)
-        frames, painted, truth, action = self.unroll(self.generator(params), batch, noise_key)
+        frames, painted, truth, action = self.unroll(self.generator(params), batch, noise_key, parts)
         flat, true = (rearrange(x, "k b t h w c -> (k b t) h w c") for x in (painted, truth))
-        terms = self.terms(frozen, flat, true)
+        terms = self.terms(frozen, flat, true, parts)
         loss = jnp.sum(jnp.stack([getattr(self.config, name) * term for name, term in terms.items()]))
         if self.discriminator is None:
             return loss, (carry, terms)
@@ -98,6 +108,7 @@ class NextFramePrediction:
             action=action,
             key=judge_key,
             progress=step / self.steps,
+            parts=parts,
         )
         return loss + fooled + told, (carry, terms | metrics)
 
@@ -106,7 +117,7 @@ class NextFramePrediction:
         return params if self.discriminator is None else params["generator"]
 
     def unroll(
-        self, params: PyTree, batch: Batch, key: PRNGKeyArray
+        self, params: PyTree, batch: Batch, key: PRNGKeyArray, parts: int = 1
     ) -> tuple[Float[Array, "k B n H W C"], Float[Array, "k B n H W C"], Float[Array, "k B n H W C"], dict[str, Array]]:
         """``(frames, painted, truth, action)``, k steps ahead from each of the n = T - k frames that have so many
         behind them: what the model saw, what it made of it, what is true, and the actions, (k, B, n, ...)."""
@@ -125,7 +136,7 @@ class NextFramePrediction:
             actions, key = told
             shape = (*frames.shape[:2], self.model.tokens, self.model.config.transformer.d_model)
             noise = jax.random.normal(key, shape) if self.model.config.noise else None
-            painted = predict(self.model, params, frames, actions, labelled, noise)
+            painted = in_parts(functools.partial(predict, self.model, params), parts)(frames, actions, labelled, noise)
             return jnp.clip(painted, 0, 1), (frames, painted)
 
         start, keys = video[:, :count], jax.random.split(key, ahead)
@@ -136,7 +147,7 @@ class NextFramePrediction:
         return frames, painted, truth, action
 
     def terms(
-        self, frozen: PyTree, painted: Float[Array, "B H W C"], truth: Float[Array, "B H W C"]
+        self, frozen: PyTree, painted: Float[Array, "B H W C"], truth: Float[Array, "B H W C"], parts: int = 1
     ) -> dict[str, Float[Array, ""]]:
         """Each term that has a weight, by its name."""
         distances: dict[str, Callable[[Array, Array], Array]] = {
@@ -148,7 +159,8 @@ class NextFramePrediction:
         if self.perceptual is not None:
             perceptual = self.perceptual
             distances["perceptual"] = lambda x, y: perceptual(frozen, x, y)
-        return {name: distance(painted, truth).mean() for name, distance in distances.items() if self._weighs(name)}
+        weighed = {name: in_parts(distance, parts) for name, distance in distances.items() if self._weighs(name)}
+        return {name: distance(painted, truth).mean() for name, distance in weighed.items()}
 
     def _weighs(self, name: str) -> bool:
         return getattr(self.config, name) > 0

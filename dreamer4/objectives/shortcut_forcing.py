@@ -7,6 +7,7 @@ x-space and weigh more towards the data.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from dreamer4.errors import UserError
 from dreamer4.models.dynamics import Dynamics, init_dynamics
 from dreamer4.models.patches import to_float
 from dreamer4.models.tokenizer import Tokenizer, reconstruct
+from dreamer4.nn.parts import in_parts
 from dreamer4.objectives.loss_scales import LossScales, init_scales, normalize
 from dreamer4.rollout.denoise import mix, velocity
 from dreamer4.rollout.evaluation import Horizon, film, pooled_psnr, score
@@ -101,11 +103,22 @@ class ShortcutForcing:
         return init_dynamics(self.model, key), init_scales(("forcing",))
 
     def loss(
-        self, params: PyTree, carry: LossScales, frozen: PyTree, batch: Batch, key: Array, step: Int[Array, ""]
+        self,
+        params: PyTree,
+        carry: LossScales,
+        frozen: PyTree,
+        batch: Batch,
+        key: Array,
+        step: Int[Array, ""],
+        *,
+        parts: int = 1,
     ) -> tuple[Float[Array, ""], tuple[LossScales, dict[str, Array]]]:
         """The scalar, and the mean squared errors ``flow`` and ``bootstrap``, ramp included, as they are."""
-        made = batch.latents
-        latents = encode(self.tokenizer, frozen, jnp.asarray(batch.video)) if made is None else jnp.asarray(made)
+        if batch.latents is None:
+            encoder = in_parts(lambda video: encode(self.tokenizer, frozen, video), parts)
+            latents = encoder(jnp.asarray(batch.video))
+        else:
+            latents = jnp.asarray(batch.latents)
         z1 = self.model.pack(latents)
         clips = len(z1)
         rows = math.ceil(self.config.bootstrap_share * clips)
@@ -122,7 +135,12 @@ class ShortcutForcing:
             labelled = jnp.broadcast_to(labelled, signal.shape)
             action = {name: a[clips] for name, a in batch.action.items()}
             starts = jnp.broadcast_to(draw.single[clips][:, None], signal.shape)
-            return self.model.apply({"params": params}, z, signal, step, action, labelled, starts=starts)[0]
+
+            def apply(z: Array, signal: Array, step: Array, action: Any, labelled: Array, starts: Array) -> Array:
+                return self.model.apply({"params": params}, z, signal, step, action, labelled, starts=starts)[0]
+
+            # The few clips that bootstrap are cut as far as they can be; their targets keep no activations.
+            return in_parts(apply, math.gcd(parts, len(z)))(z, signal, step, action, labelled, starts)
 
         target, coarse = z1, jnp.zeros(draw.step.shape, bool)
         if rows:

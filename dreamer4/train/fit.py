@@ -82,7 +82,7 @@ class TrainConfig:
     """Every so-manieth batch has clips of ``long_length`` frames, as many frames in all; 0 for never."""
     long_length: int = 64
     accumulate: int = 1
-    """Parts of a batch whose gradients are averaged, one after another, into one step."""
+    """Parts in which a batch goes through the networks, one after another: less memory, the same step."""
     ema_decay: float = 0.0
     """Decay of the average of the parameters that is evaluated and used in their place; 0 keeps none."""
     fsdp: int = 1

@@ -1,6 +1,7 @@
 """What training carries from step to step, and the pure step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,9 +25,18 @@ class Objective(Protocol):
         ...
 
     def loss(
-        self, params: PyTree, carry: PyTree, frozen: PyTree, batch: Batch, key: Array, step: Int[Array, ""]
+        self,
+        params: PyTree,
+        carry: PyTree,
+        frozen: PyTree,
+        batch: Batch,
+        key: Array,
+        step: Int[Array, ""],
+        *,
+        parts: int = 1,
     ) -> tuple[Float[Array, ""], tuple[PyTree, Metrics]]:
-        """The scalar to minimise, the next carry, and what to log."""
+        """The scalar to minimise, the next carry, and what to log. Networks take the batch in ``parts`` one after
+        another (``nn.parts``); all that is returned is of the whole batch, whatever their number."""
         ...
 
     def evaluate(self, params: PyTree, frozen: PyTree, clips: Batch, key: Array) -> Metrics:
@@ -90,44 +100,23 @@ def make_step(
     """The pure training step ``(state, frozen, batch, key) -> (state, metrics)``.
 
     ``key`` is the run's; the step folds its own number into it, so that step n draws the same numbers after any
-    restart. With ``accumulate`` n the batch goes through in n equal parts whose gradients are averaged. A step whose
-    gradients are not finite changes nothing but the counters.
+    restart. With ``accumulate`` n the networks take the batch in n equal parts one after another, which changes the
+    memory of the step and nothing else (decision 0008). A step whose gradients are not finite changes nothing but the
+    counters.
     """
-
-    def gradients(state: TrainState, frozen: PyTree, batch: Batch, key: Array) -> tuple[PyTree, PyTree, Metrics]:
-        loss = jax.value_and_grad(objective.loss, has_aux=True)
-
-        def part(carry: PyTree, piece: tuple[Batch, Array]) -> tuple[PyTree, tuple[PyTree, Metrics]]:
-            (value, (carry, metrics)), grads = loss(state.params, carry, frozen, *piece, state.step)
-            return carry, (grads, metrics | {"loss": value})
-
-        if accumulate == 1:
-            carry, (grads, metrics) = part(state.carry, (batch, key))
-            return grads, carry, metrics
-        # As bare leaves: with an axis of parts in front, a batch would no longer be one.
-        leaves, structure = jax.tree.flatten(batch)
-        # Every accumulate-th clip makes a part, so that each device's share of the batch has a share in each part.
-        pieces = [x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1) for x in leaves]
-        carry, (grads, metrics) = jax.lax.scan(
-            lambda carry, piece: part(carry, (jax.tree.unflatten(structure, piece[0]), piece[1])),
-            state.carry,
-            (pieces, jax.random.split(key, accumulate)),
-        )
-        grads, metrics = jax.tree.map(lambda x: x.mean(0), (grads, metrics))
-        return grads, carry, metrics
+    objective_loss = objective.loss if accumulate == 1 else functools.partial(objective.loss, parts=accumulate)
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        grads, carry, metrics = gradients(state, frozen, batch, key)
+
+        def loss(params: PyTree) -> tuple[Array, tuple[PyTree, Metrics]]:
+            return objective_loss(params, state.carry, frozen, batch, key, state.step)
+
+        (value, (carry, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         norm = optax.tree.norm(grads)
-
-        def loss(params: PyTree) -> Array:
-            """What an optimizer of second order differentiates again, on one part of the batch."""
-            part = jax.tree.map(lambda x: x[::accumulate], batch)
-            return objective.loss(params, state.carry, frozen, part, key, state.step)[0]
-
         update = optax.with_extra_args_support(optimizer).update
-        updates, opt_state = update(grads, state.opt_state, state.params, obj_fn=loss)
+        # One of second order differentiates the loss again.
+        updates, opt_state = update(grads, state.opt_state, state.params, obj_fn=lambda params: loss(params)[0])
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
@@ -153,7 +142,8 @@ def make_step(
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
         )
-        logged = {"grad_norm": norm, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+        logged = {"loss": value, "grad_norm": norm}
+        logged |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         return state, metrics | logged
 
     return train_step

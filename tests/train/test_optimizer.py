@@ -13,6 +13,7 @@ from dreamer4.config import from_json, to_json
 from dreamer4.errors import UserError
 from dreamer4.nn.layers import draw_kernels
 from dreamer4.nn.layout import Layout, Modality
+from dreamer4.nn.parts import in_parts
 from dreamer4.nn.transformer import Transformer, TransformerConfig
 from dreamer4.train.checkpoint import Checkpoints
 from dreamer4.train.optimizer import OptimizerConfig, hessian_diagonal, learning_rate, make_optimizer, stack_alike
@@ -389,9 +390,10 @@ class Darken:
     def init(self, key):
         return draw_kernels(dict(self.model.init(key, jnp.zeros((1, 1, 4, 16)))["params"]), key), {}
 
-    def loss(self, params, carry, frozen, batch: Batch, key, step):
+    def loss(self, params, carry, frozen, batch: Batch, key, step, *, parts=1):
         x = (batch.video / 255.0).reshape(*batch.video.shape[:3], -1)
-        return jnp.square(self.model.apply({"params": params}, x)[0] - x / 2).mean(), (carry, {})
+        made = in_parts(lambda x: self.model.apply({"params": params}, x)[0], parts)(x)
+        return jnp.square(made - x / 2).mean(), (carry, {})
 
     def evaluate(self, params, frozen, clips, key):
         raise NotImplementedError

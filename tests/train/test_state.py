@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from dreamer4.batch import Batch, BatchSpec, fake_batch
+from dreamer4.nn.parts import in_parts
 from dreamer4.train.optimizer import OptimizerConfig, make_optimizer
 from dreamer4.train.state import init_state, make_step
 
@@ -22,9 +23,9 @@ class Quadratic:
     def init(self, key):
         return {"w": jnp.float32(0.5)}, {"batches": jnp.float32(0)}
 
-    def loss(self, params, carry, frozen, batch: Batch, key, step):
-        brightness = (batch.video / 255).mean((1, 2, 3, 4))
-        loss = jnp.square(params["w"] - brightness).mean() + params["w"] * batch.reward.mean()
+    def loss(self, params, carry, frozen, batch: Batch, key, step, *, parts=1):
+        errors = in_parts(lambda video: jnp.square(params["w"] - (video / 255).mean((1, 2, 3, 4))), parts)
+        loss = errors(batch.video).mean() + params["w"] * batch.reward.mean()
         return loss, ({"batches": carry["batches"] + 1}, {"drawn": jax.random.uniform(key)})
 
     def evaluate(self, params, frozen, clips, key):
@@ -118,20 +119,26 @@ def test_accumulated_parts_are_the_whole_batch(parts):
     assert state.params["w"] == pytest.approx(0.5 - 0.1 * gradient)
     assert state.params["w"] == pytest.approx(float(whole.params["w"]))
     assert metrics["loss"] == pytest.approx(float(whole_metrics["loss"]))
-    assert state.carry["batches"] == parts
+    assert state.carry["batches"] == 1
     assert state.step == 1
 
 
-def test_parts_of_a_batch_draw_different_numbers():
+def test_what_is_drawn_does_not_depend_on_the_parts():
     optimizer = optax.sgd(0.1)
-    drawn = {}
     for parts in (1, 2):
         step = make_step(Quadratic(), optimizer, accumulate=parts)
-        drawn[parts] = step(start(optimizer), None, batch_with_reward(0), KEY)[1]["drawn"]
-    first, second = jax.vmap(jax.random.uniform)(jax.random.split(jax.random.fold_in(KEY, 0)))
-    assert first != second
-    assert drawn[2] == pytest.approx(float(first + second) / 2)
-    assert drawn[1] == jax.random.uniform(jax.random.fold_in(KEY, 0))
+        drawn = step(start(optimizer), None, batch_with_reward(0), KEY)[1]["drawn"]
+        assert drawn == jax.random.uniform(jax.random.fold_in(KEY, 0))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_an_optimizer_of_second_order_is_given_the_loss_of_the_whole_batch(parts):
+    optimizer = optax.GradientTransformationExtraArgs(
+        lambda params: (), lambda grads, state, params, *, obj_fn: ({"w": obj_fn({"w": params["w"] + 1})}, state)
+    )
+    batch = batch_with_reward(0.25)
+    state, _ = make_step(Quadratic(), optimizer, accumulate=parts)(start(optimizer), None, batch, KEY)
+    assert state.params["w"] == pytest.approx(0.5 + np.square(1.5 - brightness(batch)).mean() + 1.5 * 0.25)
 
 
 def test_one_part_that_is_not_finite_spoils_the_step():
