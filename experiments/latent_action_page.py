@@ -19,6 +19,7 @@ CHART = (640, 180)  # units of a chart
 PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#edc948", "#76b7b2")
 OTHER = "#8a8a8a"
 NAMED = 6  # codes of a transition that its name spells out
+MEASURES = {"nmi": "NMI", "purity": "purity"}
 MOST_POSITIONS = 8  # of a transition's codes, that are listed one by one
 
 STYLE = """
@@ -243,16 +244,23 @@ def event_parts(splits: Mapping[str, Any], held_out: str) -> Iterable[str]:
 
 def telling_table(told: Mapping[str, Any]) -> str:
     rows = [["transitions", *(str(x["pairs"]) for x in told.values())]]
-    for key, name in (("nmi", "NMI"), ("chance", "NMI by chance"), ("purity", "purity")):
+    for key, name in MEASURES.items():
         rows.append([f"{name}, all codes together", *(form(x[key], ".3f") for x in told.values())])
+        rows.append([f"{name} by chance, all together", *(chance(x["chance"], key) for x in told.values())])
     rows.append(["most frequent", *(form(x["largest"], ".3f") for x in told.values())])
     if any(x["positions"] for x in told.values()):
-        best = [(x["positions"][x["best_position"]] if x["positions"] else None) for x in told.values()]
+        best = [(x["positions"][x["best_position"]] if x["positions"] else {}) for x in told.values()]
         place = ["–" if x["best_position"] is None else str(x["best_position"]) for x in told.values()]
         rows.append(["position that tells most", *place])
-        for key, name in (("nmi", "NMI"), ("chance", "NMI by chance"), ("purity", "purity")):
-            rows.append([f"{name} there", *(form(x[key], ".3f") if x else "–" for x in best)])
+        for key, name in MEASURES.items():
+            rows.append([f"{name} there", *(form(x.get(key), ".3f") for x in best)])
+            rows.append([f"{name} of the best by chance", *(chance(x["best_chance"], key) for x in told.values())])
     return table(["", *told], [row for row in rows if any(cell != "–" for cell in row[1:])])
+
+
+def chance(found: Mapping[str, Mapping[str, float]] | None, measure: str) -> str:
+    """The mean of a measure over random orders, and its 95 % quantile."""
+    return "–" if found is None else f"{found[measure]['mean']:.3f} (95 %: {found[measure]['high']:.3f})"
 
 
 def told_paragraph(tokens: int) -> str:
@@ -264,8 +272,10 @@ def told_paragraph(tokens: int) -> str:
     )
     return paragraph(
         "NMI is 1 where codes and labels tell the same, 0 where they have nothing to do with each other (arithmetic"
-        " mean); by chance is that of the labels in a random order. Purity is the share of transitions whose label is"
-        " the most frequent one of their code, and most frequent what it would be with one code." + joint,
+        " mean). Purity is the share of transitions whose label is the most frequent one of their code, and most"
+        " frequent what it would be with one code. By chance is what both are with the labels in a random order: the"
+        " mean over 200 orders and, in brackets, what 95 % of them do not exceed. A figure that is not above says"
+        " nothing of the codes." + joint,
         "soft",
     )
 

@@ -15,10 +15,11 @@ from game_elements import Bricks, Event, find_bricks, find_elements, find_events
 
 from dreamer4.batch import ActionSpace, Batch
 from dreamer4.calibration import flatten_actions, is_discrete
-from dreamer4.metrics.codes import contingency, joint, nmi, perplexity, purity, usage
+from dreamer4.metrics.codes import by_chance, contingency, joint, nmi, perplexity, purity, usage
 from dreamer4.metrics.pixels import SSIM_RADIUS, l1, l2, mse_to_psnr, ssim
 from dreamer4.metrics.regions import shown, window_l2
 from dreamer4.models.patches import to_float
+from dreamer4.rollout.evaluation import others_of
 
 # isort: split
 import jax  # (after dreamer4, which says how much XLA prints)
@@ -76,11 +77,10 @@ def infer_codes(model: LatentActions, video: UInt8[np.ndarray, "B T H W C"], gro
 
 
 def measure(model: LatentActions, clips: Batch, group: int) -> Measured:
-    """Predictions from own codes and from those of the clip half the batch away, since neighbours may be overlapping
-    windows of an episode. Predictions are clipped to [0, 1]."""
+    """Predictions from own codes and from another clip's (``others_of``), clipped to [0, 1]."""
     video = np.asarray(clips.video)
     ids, codes = infer_codes(model, video, group)
-    others = np.roll(codes, len(codes) // 2, axis=0)
+    others = codes[others_of(len(codes))]
     windows = {name: np.concatenate([x.center, x.half], axis=-1) for name, x in find_elements(clips.state).items()}
     bricks = find_bricks(clips.state, (video.shape[2], video.shape[3], video.shape[4]))
     run = jax.jit(functools.partial(_assess, model.predict, bricks))
@@ -226,27 +226,29 @@ def tell(ids: Int[np.ndarray, "N n"], labels: Int[np.ndarray, " N"], names: tupl
     """How far codes tell what happened. All n codes of a transition count as one value (``joint``) where n is 1 or each
     value comes ``FEW`` times on average; each position is looked at by itself too, and the one that tells most named.
 
-    ``chance`` is the NMI with the labels in a random order: what so many codes tell of so few transitions by accident.
+    ``chance`` is what so many codes tell of so few transitions by accident (``by_chance``), all n together, and
+    ``best_chance`` the same of the best of n positions.
     """
     counts = np.bincount(labels, minlength=len(names))
     figures: Figures = {
         "pairs": len(labels),
         "labels": {name: int(n) for name, n in zip(names, counts, strict=True)},
         "largest": float(counts.max() / len(labels)) if len(labels) else None,
-        **dict.fromkeys(("nmi", "purity", "chance", "best_position", "positions", "codes")),
+        **dict.fromkeys(("nmi", "purity", "chance", "best_position", "best_chance", "positions", "codes")),
     }
     if np.count_nonzero(counts) < 2:
         return figures  # nothing to tell apart
-    shuffled = np.random.default_rng(seed).permutation(labels)
     tokens = ids.shape[1]
     if tokens > 1:
-        each = [{"nmi": nmi(x, labels), "purity": purity(x, labels), "chance": nmi(x, shuffled)} for x in ids.T]
+        each = [{"nmi": nmi(x, labels), "purity": purity(x, labels)} for x in ids.T]
         figures["positions"] = each
         figures["best_position"] = int(np.argmax([x["nmi"] for x in each]))
+        figures["best_chance"] = by_chance(ids, labels, seed=seed)
     together = joint(ids)
     if tokens == 1 or len(labels) >= FEW * (together.max() + 1):
-        told = {"nmi": nmi(together, labels), "purity": purity(together, labels), "chance": nmi(together, shuffled)}
-        figures |= told | {"codes": frequent_codes(ids, labels, names)}
+        figures |= {"nmi": nmi(together, labels), "purity": purity(together, labels)}
+        figures["chance"] = by_chance(together[:, None], labels, seed=seed)
+        figures["codes"] = frequent_codes(ids, labels, names)
     return figures
 
 

@@ -157,9 +157,11 @@ def find_material(options: Options, config: dict[str, Any], shape: tuple[int, ..
     if data is None:
         toy = from_json(ToyConfig, config["toy"], f"{options.run}: toy")
         source: Any = fitting(ToySource(toy, ((1, frames),), seed), shape, options.run)
-        splits: dict[str, Batch] = {split: source.clips(split, options.clips, frames) for split in SPLITS}
+        held_out: tuple[Split, ...] = ("validation", "test")
+        splits: dict[str, Batch] = {split: source.clips(split, options.clips, frames) for split in held_out}
         labelled = source.clips("calibration", options.labelled_clips, frames)
-        return Material(splits, labelled, source.spec.actions, TOY_ACTIONS, "the toy world", [])
+        notes = ["the toy world makes every clip anew, so there is no split of clips that were trained on"]
+        return Material(splits, labelled, source.spec.actions, TOY_ACTIONS, "the toy world", notes)
     if options.data is None and not Path(data).exists():
         raise UserError(f"{options.run}: its data set {data} is not there")
     index = read_index(Path(data))
@@ -337,8 +339,8 @@ def table(figures: Figures) -> Table:
         "over\nshuffled": lambda x: form(x["over_shuffled"], ".2f"),
         "codes\nused": lambda x: form(x["codes"]["used"], ".1%"),
         "perpl.": lambda x: form(x["codes"]["perplexity"], ".1f"),
-        "NMI\nactions": lambda x: form(best_nmi(x["actions"]), ".3f"),
-        "purity\nactions": lambda x: form(best_nmi(x["actions"], "purity"), ".3f"),
+        "NMI\nactions": lambda x: beside_chance(x["actions"], "nmi"),
+        "purity\nactions": lambda x: beside_chance(x["actions"], "purity"),
     }
     rows = {split: [column(x) for column in columns.values()] for split, x in figures["splits"].items()}
     kept = [i for i in range(len(columns)) if any(row[i] for row in rows.values())]
@@ -351,7 +353,8 @@ def table(figures: Figures) -> Table:
     for i in kept:
         made.add_column(list(columns)[i], justify="right")
     for split, row in rows.items():
-        made.add_row(split, *(row[i] for i in kept))
+        chance = "\n by chance\n 95 % below" if any("\n" in cell for cell in row) else ""
+        made.add_row(f"{split}{chance}", *(row[i] for i in kept))
     return made
 
 
@@ -359,13 +362,15 @@ def form(x: float | None, how: str) -> str:
     return "" if x is None else f"{x:{how}}"
 
 
-def best_nmi(told: Figures | None, name: str = "nmi") -> float | None:
-    """Of all codes together, or else of the position that tells most."""
+def beside_chance(told: Figures | None, name: str) -> str:
+    """A measure of all codes together, or else of the position that tells most; below it the mean and the 95 % quantile
+    that it has by chance."""
     if told is None:
-        return None
-    if told["nmi"] is None and told["positions"]:
-        return told["positions"][told["best_position"]][name]
-    return told[name]
+        return ""
+    value, chance = told[name], told["chance"]
+    if value is None and told["positions"]:
+        value, chance = told["positions"][told["best_position"]][name], told["best_chance"]
+    return "" if value is None else "\n".join(f"{x:.3f}" for x in (value, chance[name]["mean"], chance[name]["high"]))
 
 
 if __name__ == "__main__":

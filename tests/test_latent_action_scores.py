@@ -4,12 +4,15 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dreamer4.batch import ActionComponent, Batch
 from dreamer4.data.toy import MOVES, ToyConfig, ToySource
+from dreamer4.errors import UserError
+from dreamer4.metrics.codes import by_chance, joint
 from dreamer4.metrics.pixels import l1, ssim
 
 SHAPE = (12, 5)  # clips and frames
@@ -139,7 +142,8 @@ def test_codes_that_are_the_directions_tell_them_wholly_and_the_actions_but_for_
     assert event["nmi"] == pytest.approx(1)
     assert event["purity"] == 1
     assert event["codes"]["left"] == [{"code": [3], "share": 1.0}]
-    assert event["chance"] < 0.25
+    assert event["chance"]["nmi"]["mean"] < event["chance"]["nmi"]["high"] < 0.4
+    assert event["largest"] <= event["chance"]["purity"]["mean"] < event["chance"]["purity"]["high"] < 0.8
     asked, went = clips.action["action"][:, 1:], clips.state["direction"][:, 1:, 0]
     actions = figures["actions"]
     assert actions["purity"] == pytest.approx(np.mean(asked == went))
@@ -160,10 +164,13 @@ def test_many_codes_are_counted_together_only_where_they_come_again(scores):
     assert few["best_position"] == 1
     assert few["positions"][1]["nmi"] == pytest.approx(1)
     assert few["positions"][0]["nmi"] < 0.02
+    assert few["chance"] == by_chance(joint(np.stack([noise, labels], 1))[:, None], labels)
     many = scores.tell(np.stack([rng.integers(0, 256, 400), labels], 1), labels, ("a", "b", "c"), 0)
-    assert many["nmi"] is many["codes"] is None
+    assert many["nmi"] is many["codes"] is many["chance"] is None
     assert many["best_position"] == 1
-    assert many["positions"][0]["chance"] == pytest.approx(many["positions"][0]["nmi"], abs=0.05)
+    # Of the position with many codes, which tells most by chance.
+    assert many["best_chance"]["nmi"]["mean"] == pytest.approx(many["positions"][0]["nmi"], abs=0.05)
+    assert many["positions"][1]["nmi"] > many["best_chance"]["nmi"]["high"] + 0.5
 
 
 def test_what_never_differs_is_not_told(scores):
@@ -171,6 +178,12 @@ def test_what_never_differs_is_not_told(scores):
     assert figures["nmi"] is figures["purity"] is None
     assert figures["labels"] == {"no": 0, "yes": 4}
     assert scores.tell(np.zeros((0, 2), int), np.zeros(0, int), ("no", "yes"), 0)["largest"] is None
+
+
+def test_a_lone_clip_has_no_other_to_be_compared_with(scores, clips):
+    one = jax.tree.map(lambda x: x[:1], clips)
+    with pytest.raises(UserError, match="clips: 1 found, 2 or more expected"):
+        scores.measure(mover(scores), one, group=1)
 
 
 # ----- bricks -----

@@ -54,21 +54,54 @@ def nmi(codes: Labels, labels: Labels) -> float:
 
     The numbers of scikit-learn's ``normalized_mutual_info_score`` (arithmetic mean, its default), so 1 where neither
     varies. A sample of independent codes has more than 0, and the more so the more codes there are per transition:
-    compare with the value for labels in a random order.
+    compare with what they have ``by_chance``.
     """
-    table = contingency(codes, labels)
-    p = table / table.sum()
-    row, column = p.sum(1), p.sum(0)
-    entropies = np.log(perplexity(row)) + np.log(perplexity(column))
-    if len(row) == len(column) == 1:
-        return 1.0
-    met = p > 0
-    information = np.sum(p[met] * np.log(p[met] / np.outer(row, column)[met]))
-    return float(np.clip(2 * information / entropies, 0, 1))
+    return float(_nmi(contingency(codes, labels)))
 
 
 def purity(codes: Labels, labels: Labels) -> float:
     """The share of transitions whose label is the most frequent one of their code: at least that of the most frequent
-    label, and 1 where every transition has a code of its own."""
-    table = contingency(codes, labels)
-    return float(table.max(1).sum() / table.sum())
+    label, and 1 where every transition has a code of its own. Compare with what codes have ``by_chance``."""
+    return float(_purity(contingency(codes, labels)))
+
+
+def by_chance(
+    ids: Int[Array | np.ndarray, "N n"], labels: Labels, *, orders: int = 200, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """``nmi`` and ``purity`` of codes that have nothing to do with the labels: the ``mean`` and the 95 % quantile
+    (``high``) over ``orders`` random orders of the labels, at the position of the n with the highest NMI.
+
+    Everything else is as in the data: how often each code and each label comes, how codes at several positions go
+    together, and that the best of n positions is taken.
+    """
+    ids, labels = np.asarray(ids), np.asarray(labels)
+    column = np.unique(labels, return_inverse=True)[1].reshape(-1)
+    rows = np.stack([np.unique(x, return_inverse=True)[1].reshape(-1) for x in ids.T])
+    count, width, positions = int(column.max()) + 1, int(rows.max()) + 1, len(rows)
+    cells = (rows + width * np.arange(positions)[:, None]) * count
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(orders):
+        cell = cells + rng.permutation(column)
+        tables = np.bincount(cell.reshape(-1), minlength=positions * width * count).reshape(positions, width, count)
+        scores = _nmi(tables)
+        best = int(np.argmax(scores))
+        found.append((scores[best], _purity(tables[best])))
+    figures = zip(("nmi", "purity"), np.array(found).T, strict=True)
+    return {name: {"mean": float(x.mean()), "high": float(np.quantile(x, 0.95))} for name, x in figures}
+
+
+def _nmi(table: Int[np.ndarray, "*lead K L"]) -> Float[np.ndarray, "*lead"]:
+    """``nmi`` of how often codes and labels met; codes and labels that do not occur change nothing."""
+    p = table / table.sum((-2, -1), keepdims=True)
+    row, column, both = (_entropy(x) for x in (p.sum(-1), p.sum(-2), p.reshape(*p.shape[:-2], -1)))
+    either = row + column
+    return np.where(either > 0, np.clip(2 * (either - both) / np.where(either > 0, either, 1), 0, 1), 1.0)
+
+
+def _purity(table: Int[np.ndarray, "K L"]) -> Float[np.ndarray, ""]:
+    return np.asarray(table.max(1).sum() / table.sum())
+
+
+def _entropy(shares: Float[np.ndarray, "*lead K"]) -> Float[np.ndarray, "*lead"]:
+    """In nats."""
+    return np.asarray(-np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=-1))

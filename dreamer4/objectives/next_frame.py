@@ -25,7 +25,7 @@ from dreamer4.models.patches import to_float
 from dreamer4.nn.parts import in_parts
 from dreamer4.objectives.adversarial import AdversaryConfig, judge
 from dreamer4.objectives.image_losses import fft_loss, sobel_loss, ssim_loss
-from dreamer4.rollout.evaluation import Horizon, film, pooled_psnr, score
+from dreamer4.rollout.evaluation import Horizon, film, others_of, pooled_psnr, score
 from dreamer4.rollout.predict import Predictor
 
 Perceptual = Callable[[PyTree, Array, Array], Float[Array, " B"]]
@@ -181,7 +181,7 @@ class NextFramePrediction:
             return (*errors, ssim(painted, truth).mean())
 
         own = jax.tree.map(jnp.asarray, clips.action)
-        others = jax.tree.map(lambda a: jnp.roll(a, len(a) // 2, axis=0), own)
+        others = jax.tree.map(lambda a: a[others_of(len(a))], own)
         mse, shuffled, copy, similarity = (
             x.mean() for x in jax.lax.map(lambda x: single(*x), (clips.video, own, others))
         )

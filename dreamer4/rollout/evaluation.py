@@ -89,8 +89,8 @@ def score(
     """
     count, frames = clips.video.shape[:2]
     horizon.check(frames)
-    if count < 2 and "shuffled" in videos:
-        raise UserError(f"clips: {count} found, 2 or more expected, since each is dreamt under another's actions too")
+    if "shuffled" in videos:
+        others_of(count)  # which there must be
     start, end = horizon.context, horizon.end
     names = [name for name in VIDEOS if name in videos and (reconstruct or name != "reconstruction")]
     action_key, dream_key = jax.random.split(key)
@@ -123,6 +123,19 @@ def score(
     return scores
 
 
+def others_of(count: int) -> Int[np.ndarray, " count"]:
+    """Of each of ``count`` clips another one: that half the batch away, since neighbours may be overlapping windows of
+    an episode, in which much the same happens.
+
+    Raises UserError for a lone clip, which would be its own.
+    """
+    if count < 2:
+        raise UserError(
+            f"clips: {count} found, 2 or more expected, since each is compared with what another's would do"
+        )
+    return (np.arange(count) + count // 2) % count
+
+
 def groups_of(count: int, most: int) -> Int[np.ndarray, "groups size"]:
     """The numbers 0 to ``count`` - 1 in rows of one length, at most ``most``. The last row is filled up with numbers
     that were there already, to be cut off again."""
@@ -153,8 +166,8 @@ def _actions(name: str, own: Actions, start: int, key: PRNGKeyArray) -> Actions:
     count, end = next(iter(own.values())).shape[:2]
     clip, step = jnp.indices((count, end))
     source, moment = clip, step
-    if name == "shuffled":  # from far away: neighbours may be overlapping windows of an episode
-        source = (clip + count // 2) % count
+    if name == "shuffled":
+        source = jnp.asarray(others_of(count))[clip]
     elif name == "random":
         clip_key, step_key = jax.random.split(key)
         source = jax.random.randint(clip_key, clip.shape, 0, count)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dreamer4.errors import UserError
-from dreamer4.metrics.codes import contingency, joint, nmi, perplexity, purity, usage
+from dreamer4.metrics.codes import by_chance, contingency, joint, nmi, perplexity, purity, usage
 
 CODES, LABELS = np.array([0, 0, 1, 1, 2, 2, 2, 3]), np.array([0, 0, 0, 1, 1, 1, 2, 2])
 
@@ -56,6 +56,40 @@ def test_random_codes_know_next_to_nothing():
     codes, labels = rng.integers(0, 16, 20_000), rng.integers(0, 4, 20_000)
     assert 0 <= nmi(codes, labels) < 0.002
     assert purity(codes, labels) == pytest.approx(0.25, abs=0.03)
+
+
+def test_by_chance_is_what_labels_in_random_orders_have():
+    found = by_chance(CODES[:, None], LABELS, orders=4, seed=7)
+    rng = np.random.default_rng(7)
+    column = np.unique(LABELS, return_inverse=True)[1]
+    orders = [rng.permutation(column) for _ in range(4)]
+    for name, measure in (("nmi", nmi), ("purity", purity)):
+        scores = [measure(CODES, order) for order in orders]
+        assert found[name]["mean"] == pytest.approx(np.mean(scores))
+        assert found[name]["high"] == pytest.approx(np.quantile(scores, 0.95))
+
+
+def test_random_codes_score_at_chance_also_where_the_best_of_many_positions_is_taken():
+    above = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        ids, labels = rng.integers(0, 64, (48, 6)), rng.choice(4, 48, p=[0.4, 0.3, 0.2, 0.1])
+        best = max((nmi(x, labels), purity(x, labels)) for x in ids.T)
+        found = by_chance(ids, labels, orders=60, seed=seed)
+        above.append([x > found[name]["high"] for name, x in zip(("nmi", "purity"), best, strict=True)])
+        assert best[0] > 0.3  # though they know nothing
+        assert found["nmi"]["mean"] == pytest.approx(best[0], abs=0.1)
+    assert np.all(np.mean(above, axis=0) < 0.15)
+    assert np.any(above)  # 95 % is not all
+
+
+def test_codes_that_know_the_labels_score_above_chance():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 100)
+    ids = np.stack([rng.integers(0, 64, 100), 4 * rng.integers(0, 8, 100) + labels], axis=1)
+    found = by_chance(ids, labels)
+    assert nmi(ids[:, 1], labels) > found["nmi"]["high"] + 0.2
+    assert purity(ids[:, 1], labels) == 1 > found["purity"]["high"] + 0.2
 
 
 @pytest.mark.parametrize(
