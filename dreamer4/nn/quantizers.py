@@ -86,6 +86,9 @@ def vq(config: VQConfig, codebook: Float[Array, "K D"], x: Float[Array, "*lead D
     """The nearest code of each vector. The loss is the commitment's and the entropy's, and the codebook's own where it
     learns by gradient; computed in float32."""
     vectors = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    if config.codebook == "ema":
+        # Nobody would use its gradient, which would still count among those that are clipped together.
+        codebook = jax.lax.stop_gradient(codebook)
     distances = _squared_distances(vectors, codebook)
     ids = jnp.argmin(distances, axis=-1)
     nearest = codebook[ids]

@@ -77,6 +77,14 @@ def test_the_entropys_gradient_spreads_vectors_over_codes():
     assert np.all(np.asarray(jax.grad(lambda x: vq(dataclasses.replace(config, codes=2), codebook, x).loss)(x)) < 0)
 
 
+@pytest.mark.parametrize("kind", ["ema", "loss"])
+def test_only_a_codebook_that_learns_by_gradient_has_one(kind):
+    config = dataclasses.replace(VQ, codebook=kind, entropy=1.0)
+    codebook, _ = book()
+    by_codes = jax.grad(lambda c: vq(config, c, vectors(5, 3)).loss)(codebook)
+    assert np.any(np.asarray(by_codes)) == (kind == "loss")
+
+
 def test_codes_become_the_means_of_their_vectors():
     config = dataclasses.replace(VQ, codes=2, decay=0.5)
     x = jnp.array([[1.0], [3.0], [10.0], [12.0], [14.0]])
