@@ -67,6 +67,11 @@ class PairConfig:
             raise UserError(f"channels: {self.channels} found, at least one number of 1 or more expected")
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"tokens: {self.tokens} found, 1 or more expected")
+        if self.condition == "attention" and self.channels[-1] % HEADS:
+            raise UserError(
+                f"channels: {self.channels} found, the last a multiple of {HEADS} expected with condition attention,"
+                f" which has {HEADS} heads"
+            )
 
     def unread(self) -> dict[str, str]:
         """See ``dreamer4.config.unread``."""

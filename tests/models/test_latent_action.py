@@ -154,6 +154,10 @@ def test_batch_norm_goes_by_its_running_moments_outside_training():
     [
         (lambda: PairConfig(channels=()), "channels"),
         (lambda: PairConfig(tokens=0), "tokens"),
+        (
+            lambda: PairConfig(channels=(8, 6), condition="attention"),
+            r"channels: \(8, 6\) found, the last a multiple of 4 expected with condition attention",
+        ),
         (lambda: dataclasses.replace(ROUNDED, fsq=FSQConfig((3, 4))), "pair.code_width: 3 found, 2 expected"),
     ],
 )
