@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from dreamer4.batch import Batch
-from dreamer4.config import at_least
+from dreamer4.config import ADDED, at_least
+from dreamer4.errors import UserError
 from dreamer4.metrics.pixels import l2, mse_to_psnr, ssim
 from dreamer4.models.latent_action import (
     LatentActionModel,
@@ -32,6 +33,7 @@ from dreamer4.nn.parts import in_parts, refuse_parts
 from dreamer4.nn.quantizers import VQConfig, code_use, update_vq
 from dreamer4.objectives.loss_scales import LossScales, init_scales, normalize
 from dreamer4.objectives.masked_autoencoding import Perceptual, clip_distances
+from dreamer4.rollout.evaluation import others_of
 
 MOMENTS_DECAY = 0.99  # of batch norm's running moments
 
@@ -48,11 +50,16 @@ class LatentActionWeights:
     """Pixels round a changed one that count as changed too. With none, a blot where a small thing should be costs no
     more than nothing there; with many, the thing is again a small share of what is looked at."""
     perceptual: float = 0.2
+    noise: int = dataclasses.field(default=4, metadata=ADDED)
+    """Levels, of 255, by which a channel may differ without its pixel counting as changed: what cameras and codecs do
+    to a picture in which nothing happens. Games' colours are further apart than the default."""
     warmup: float = 0.0
     """Share of the run in which vectors reach the decoder as they are; over as long again, codes take their place."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "quantizer", "changed", "reach", "perceptual", "warmup")
+        at_least(0, self, "quantizer", "changed", "reach", "perceptual", "noise", "warmup")
+        if self.noise > 254:
+            raise UserError(f"noise: {self.noise} levels found, 254 or less expected: nothing would count as changed")
 
 
 @jax.tree_util.register_dataclass
@@ -117,8 +124,8 @@ class LatentActionLearning:
         error = jnp.square(painted - video[:, 1:])
         terms = {"mse": jnp.mean(error)}
         if self.weights.changed:
-            changed = jnp.any(batch.video[:, 1:] != batch.video[:, :-1], axis=-1)
-            terms["changed"] = _mean_where(dilate(jnp.asarray(changed), self.weights.reach), error)
+            changed = changes(jnp.asarray(batch.video), self.weights.noise)
+            terms["changed"] = _mean_where(dilate(changed, self.weights.reach), error)
         if self.perceptual is not None:
             terms["lpips"] = clip_distances(self.perceptual, frozen, painted, video[:, 1:], parts).mean()
         scaled, scales = normalize(terms, carry.scales)
@@ -160,9 +167,11 @@ class LatentActionLearning:
 
     def evaluate(self, params: PyTree, frozen: PyTree, clips: Batch, key: PRNGKeyArray) -> dict[str, Array]:
         """Of the frames predicted from their own codes, clipped to [0, 1]: the PSNR of the pooled squared error in dB,
-        the mean SSIM, the mean squared error. ``gain`` is the PSNR above that under another clip's codes, ``over_copy``
-        above that of the current frame; then the use of the codes, ``code_usage`` being the share of each."""
+        the mean SSIM, the mean squared error. ``gain`` is the PSNR above that under another clip's codes
+        (``others_of``), which a lone clip has not, ``over_copy`` above that of the current frame; then the use of the
+        codes, ``code_usage`` being the share of each."""
         del frozen, key
+        alone = len(clips.video) == 1
 
         def happened(video: Array) -> tuple[Array, Array]:
             found = infer(self.model, params, to_float(video)[None])
@@ -177,25 +186,26 @@ class LatentActionLearning:
             shown = (painted, wrong, frames[:, :-1])
             return *(l2(x, truth).mean() for x in shown), ssim(painted, truth).mean()
 
+        others = codes if alone else codes[others_of(len(codes))]
         mse, shuffled, copied, similarity = (
-            x.mean() for x in jax.lax.map(lambda x: errors(*x), (clips.video, codes, jnp.roll(codes, 1, axis=0)))
+            x.mean() for x in jax.lax.map(lambda x: errors(*x), (clips.video, codes, others))
         )
         psnr, over = mse_to_psnr(mse), {"gain": mse_to_psnr(shuffled), "over_copy": mse_to_psnr(copied)}
-        gains = {name: psnr - other for name, other in over.items()}
+        gains = {name: psnr - other for name, other in over.items() if not (alone and name == "gain")}
         used = usage.mean(0)
         return {"psnr": psnr, "ssim": similarity, "mse": mse} | gains | code_use(used) | {"code_usage": used}
 
     def pictures(self, params: PyTree, frozen: PyTree, clips: Batch, key: PRNGKeyArray) -> Float[Array, "T H W C"]:
         """Below each other for each clip in a column: the current frame, the next, its prediction from the codes, its
-        prediction from another clip's codes, and the first prediction's difference from the truth (grey is none)."""
+        prediction from another clip's codes (not of a lone clip), and the first prediction's difference from the truth
+        (grey is none)."""
         del frozen, key
         frames = to_float(clips.video)
         codes = infer(self.model, params, frames).codes
-        painted, wrong = (
-            jnp.clip(predict(self.model, params, frames, c), 0, 1) for c in (codes, jnp.roll(codes, 1, axis=0))
-        )
+        asked = [codes] if len(codes) == 1 else [codes, codes[others_of(len(codes))]]
+        painted, *wrong = (jnp.clip(predict(self.model, params, frames, c), 0, 1) for c in asked)
         truth = frames[:, 1:]
-        rows = jnp.stack([frames[:, :-1], truth, painted, wrong, jnp.clip(0.5 + (painted - truth), 0, 1)])
+        rows = jnp.stack([frames[:, :-1], truth, painted, *wrong, jnp.clip(0.5 + (painted - truth), 0, 1)])
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0)
         return rearrange(rows, "r b t h w c -> t (r h) (b w) c")
 
@@ -211,6 +221,13 @@ def _follow(moments: PyTree, seen: PyTree) -> PyTree:
     if moments is None:
         return None
     return jax.tree.map(lambda old, new: MOMENTS_DECAY * old + (1 - MOMENTS_DECAY) * new, moments, seen)
+
+
+def changes(video: UInt8[Array, "B T H W C"], noise: int) -> Bool[Array, "B T-1 H W"]:
+    """Which pixels of each frame but the first differ from the frame before by more than ``noise`` levels, in a channel
+    at least."""
+    levels = video.astype(jnp.int16)  # of which a difference may be negative
+    return jnp.any(jnp.abs(levels[:, 1:] - levels[:, :-1]) > noise, axis=-1)
 
 
 def dilate(chosen: Bool[Array, "B T H W"], reach: int) -> Bool[Array, "B T H W"]:

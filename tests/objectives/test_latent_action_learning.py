@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import optax
 import pytest
 
 from dreamer4.batch import BatchSpec, fake_batch
+from dreamer4.errors import UserError
 from dreamer4.models.latent_action import LatentActionConfig, PairConfig, infer
 from dreamer4.models.sequence_latent_action import SequenceConfig
 from dreamer4.nn.quantizers import FSQConfig, Quantized, VQConfig
 from dreamer4.nn.transformer import TransformerConfig
 from dreamer4.objectives import latent_action
-from dreamer4.objectives.latent_action import LatentActionLearning, LatentActionWeights, dilate
+from dreamer4.objectives.latent_action import LatentActionLearning, LatentActionWeights, changes, dilate
 from dreamer4.train.state import init_state, make_step
 
 VQ = VQConfig(codes=4, reset_every=4)
@@ -126,10 +128,13 @@ def painted_loss(monkeypatch):
 def test_what_changes_can_weigh_more_and_nothing_else_then_does(painted_loss):
     batch = moved_squares()
     video = np.array(batch.video)
-    video[0, 1, 0, 0, 2] = 1  # one channel, by a hair
+    video[0, 1, 0, 0, 2] = 5  # one channel, by a hair more than noise
+    video[0, 1, 0, 1] = 4
     batch = dataclasses.replace(batch, video=video)
     painted = some_paint()
-    changed = np.any(np.asarray(batch.video[:, 1:] != batch.video[:, :-1]), -1)
+    changed = np.any(np.abs(np.diff(np.asarray(batch.video, int), axis=1)) > 4, -1)
+    assert changed[0, 0, 0, 0]
+    assert not changed[0, 0, 0, 1]
     assert 0.1 < changed.mean() < 0.3
     error = np.square(np.asarray(painted) - np.asarray(batch.video[:, 1:], np.float32) / 255)
     gradient = jax.grad(painted_loss, has_aux=True)
@@ -142,6 +147,18 @@ def test_what_changes_can_weigh_more_and_nothing_else_then_does(painted_loss):
     # At the first step each term is over itself.
     of_term = (np.asarray(painted) - np.asarray(batch.video[:, 1:]) / 255) * 2 / (3 * changed.sum())
     np.testing.assert_allclose(extra[changed], 0.5 * of_term[changed] / error[changed].mean(), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("noise", [1, 4])
+def test_noise_of_as_many_levels_changes_nothing(noise):
+    """Up and down, at both ends of the levels, where differences of bytes would wrap around."""
+    clean = np.asarray(moved_squares().video)
+    grain = np.random.default_rng(0).integers(0, noise + 1, clean.shape)  # of two frames they differ by as much at most
+    noisy = np.where(clean > 127, clean - grain, clean + grain).astype(np.uint8)
+    assert np.mean(np.any(noisy[:, 1:] != noisy[:, :-1], -1)) > 0.8
+    really = np.any(clean[:, 1:] != clean[:, :-1], -1)
+    np.testing.assert_array_equal(changes(jnp.asarray(noisy), noise), really)
+    np.testing.assert_array_equal(changes(jnp.asarray(clean), 0), really)
 
 
 def test_where_nothing_changes_there_is_nothing_to_weigh(painted_loss):
@@ -184,6 +201,55 @@ def test_vectors_reach_the_decoder_as_they_are_until_the_warm_up_ends():
     for step, same in ((0, True), (99, False)):
         found = [loss(p, carry, None, moved_squares(), KEY, jnp.int32(step))[1][1] for p in (params, other)]
         assert (float(found[0]["mse"]) == float(found[1]["mse"])) == same
+
+
+@pytest.mark.parametrize("entropy", [0.0, 1.0])
+def test_what_is_set_and_not_learned_has_no_part_in_the_norm_of_the_gradient(entropy):
+    pair = dataclasses.replace(SHALLOW.pair, norm="batch")
+    learning = objective(dataclasses.replace(SHALLOW, pair=pair, vq=dataclasses.replace(VQ, entropy=entropy)))
+
+    @jax.jit
+    def gradient(key):
+        params, carry = learning.init(key)
+        return jax.grad(lambda p: learning.loss(p, carry, None, moved_squares(), key, jnp.int32(0))[0])(params)
+
+    found = gradient(KEY)
+    assert found.keys() == {"net", "codebook", "moments"}
+    assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves((found["codebook"], found["moments"])))
+
+
+def test_batch_norm_and_parts_do_not_go_together():
+    learning = objective(dataclasses.replace(SHALLOW, pair=dataclasses.replace(SHALLOW.pair, frame_norm="batch")))
+    shapes = jax.eval_shape(learning.init, KEY)
+    with pytest.raises(UserError, match=r"train\.accumulate: 2 found with pair\.norm batch, 1 expected"):
+        learning.loss(*shapes, None, moved_squares(), KEY, jnp.int32(0), parts=2)
+
+
+def test_a_gain_is_over_a_clip_far_away_and_a_lone_clip_has_none(monkeypatch):
+    """Each clip's code is the brightness of its second frame, and what is painted from a code is 0.1 brighter."""
+    learning, own = objective(SHALLOW), np.array([0.0, 51, 0, 102, 0, 204]) / 255
+    video = np.zeros((6, 2, 12, 12, 3), np.uint8)
+    video[:, 1] = np.round(255 * own)[:, None, None, None]
+    batch, seen = dataclasses.replace(fake_batch(BatchSpec(6, 2, 12, 12)), video=video), []
+
+    def bright(model, params, frames):
+        return SimpleNamespace(codes=frames[:, 1:, :1, :1, 0], usage=jnp.ones(4) / 4)
+
+    def paint(model, params, frames, codes):
+        seen.append(codes)
+        return jnp.broadcast_to(codes[..., None] + 0.1, frames[:, 1:].shape)
+
+    monkeypatch.setattr(latent_action, "infer", bright)
+    monkeypatch.setattr(latent_action, "predict", paint)
+    found, other = learning.evaluate({}, None, batch, KEY), own[[3, 4, 5, 0, 1, 2]]
+    expected = 10 * np.log10(np.mean((other + 0.1 - own) ** 2) / 0.1**2)
+    assert float(found["gain"]) == pytest.approx(expected, abs=1e-3)
+    seen.clear()
+    learning.pictures({}, None, batch, KEY)
+    np.testing.assert_allclose(np.ravel(seen[1]), other, atol=1e-6)
+    one = jax.tree.map(lambda x: x[:1], batch)
+    assert "gain" not in learning.evaluate({}, None, one, KEY)
+    assert learning.pictures({}, None, one, KEY).shape == (1, 4 * 14, 14, 3)  # a row less
 
 
 def test_batch_norm_remembers_what_batches_were_like():
