@@ -1,8 +1,8 @@
 """How fast it is, as figures that compare: ``uv run experiments/benchmark.py BENCHMARK [FLAGS]``.
 
-There are ``tokenizer``, ``video_tokenizer``, ``dynamics``, ``next_frame``, ``generate`` and ``unmask``. Everything is
-measured in this one process, without the compilation cache: the time from the start of the script to the end of the
-first training step, the steady rate, and beside it what this machine's matrix product does.
+There are ``tokenizer``, ``video_tokenizer``, ``latent_action``, ``dynamics``, ``next_frame``, ``generate`` and
+``unmask``. Everything is measured in this one process, without the compilation cache: the time from the start of the
+script to the end of the first training step, the steady rate, and beside it what this machine's matrix product does.
 """
 
 import time
@@ -18,6 +18,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import train_dynamics  # noqa: E402
+import train_latent_action  # noqa: E402
 import train_next_frame  # noqa: E402
 import train_tokenizer  # noqa: E402
 import tyro  # noqa: E402
@@ -82,6 +83,26 @@ class VideoTokenizerBenchmark(TokenizerBenchmark):
 
     preset: str = "tinyworlds-reference"
     """Preset of train_tokenizer.py to measure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentActionBenchmark(Benchmark):
+    """Training steps of the latent action model at several batch sizes, each compiled anew. The rate counts frames that
+    are predicted."""
+
+    preset: str = "breakout-small"
+    """Preset of train_latent_action.py to measure."""
+    data: Path | None = None
+    """Data set to train on, in place of the toy world at the size of Atari's frames or, for its presets, at theirs."""
+    batch_sizes: tuple[int, ...] = (8, 16, 32)
+    """Clips in a batch. One that does not fit into memory has no figures."""
+    steps: int = 2
+    """Steps in a round, rounded up to whole turns through the preset's batch shapes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise UserError(f"batch_sizes: {self.batch_sizes} found, one or more numbers of 1 or more expected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +174,28 @@ def benchmark_dynamics(options: DynamicsBenchmark) -> dict[str, Any]:
     )
 
 
+def benchmark_latent_action(options: LatentActionBenchmark) -> dict[str, Any]:
+    """Rates of the latent action model's training step by batch size."""
+    config = _preset(train_latent_action.PRESETS, options)
+    if config.data is not None and options.data is None:
+        config = dataclasses.replace(config, data=None, toy=ToyConfig(height=210, width=160, max_side=40))
+    figures: dict[str, Any] = {}
+    for size in options.batch_sizes:
+        sized = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+        source = train_latent_action.make_source(sized)
+        objective, weights = train_latent_action.make_objective(sized, source.spec)
+        learned = sized.train.clip_length - 1
+        try:
+            rates = benchmark_steps(options, sized, objective, source, weights, None, learned)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            rates = {"frames_per_s": None}
+        rates.pop("first_step_s", None)  # it would count the sizes before
+        figures[str(size)] = rates
+    return {"batch_size": figures}
+
+
 def benchmark_next_frame(options: NextFrameBenchmark) -> dict[str, Any]:
     """Rates of the next-frame model's training step, L1 alone."""
     config = train_next_frame.RECORDINGS
@@ -171,16 +214,16 @@ def benchmark_next_frame(options: NextFrameBenchmark) -> dict[str, Any]:
 
 
 def benchmark_steps(
-    options: TokenizerBenchmark | DynamicsBenchmark | NextFrameBenchmark,
-    config: train_tokenizer.Config | train_dynamics.Config | train_next_frame.Config,
+    options: TokenizerBenchmark | LatentActionBenchmark | DynamicsBenchmark | NextFrameBenchmark,
+    config: train_tokenizer.Config | train_latent_action.Config | train_dynamics.Config | train_next_frame.Config,
     objective: Objective,
     source: Source,
     frozen: PyTree,
-    flops: Callable[[Shape], float],
+    flops: Callable[[Shape], float] | None,
     learned: int | None = None,
 ) -> dict[str, Any]:
-    """Rates of training steps; ``flops`` counts the operations of one on a batch of the shape (clips, frames), of whose
-    frames ``learned`` count, or all."""
+    """Rates of training steps; ``flops`` counts the operations of one on a batch of the shape (clips, frames), where
+    they are known. Of a clip's frames ``learned`` count, or all."""
     program = make_program(objective, source, config.train, config.optimizer)
     key, batches, shapes = jax.random.key(0), source.batches(0), itertools.cycle(source.shapes)
     frozen = jax.device_put(frozen, NamedSharding(program.mesh, PartitionSpec()))
@@ -206,14 +249,12 @@ def benchmark_steps(
     seconds = min(_seconds(lambda: steps(count)) for _ in range(options.rounds)) / count
     total = time.perf_counter() - total
     frames = sum(clips * (learned or length) for clips, length in source.shapes) / cycle
-    work = sum(map(flops, source.shapes)) / cycle
-    rate = matmul_rate(_model(config).transformer.dtype)
-    return {
-        "frames_per_s": frames / seconds,
-        "step_ms": seconds * 1e3,
-        "gflops_per_step": work / 1e9,
-        "matmul_gflops_per_s": rate / 1e9,
-        "matmul_share": work / seconds / rate,
+    figures: dict[str, Any] = {"frames_per_s": frames / seconds, "step_ms": seconds * 1e3}
+    if flops is not None:
+        work, rate = sum(map(flops, source.shapes)) / cycle, matmul_rate(_model(config).transformer.dtype)
+        figures |= {"gflops_per_step": work / 1e9, "matmul_gflops_per_s": rate / 1e9}
+        figures["matmul_share"] = work / seconds / rate
+    return figures | {
         "first_step_s": first_step,
         "compilations": program.step._cache_size(),  # type: ignore[attr-defined]
         "data_wait": waited / total,
@@ -296,7 +337,9 @@ def _untrained(config: train_dynamics.Config) -> tuple[ShortcutForcing, Source, 
     return objective, source, jax.jit(functools.partial(init_tokenizer, tokenizer))(jax.random.key(0))
 
 
-def _preset(presets: Mapping[str, tuple[str, Any]], options: TokenizerBenchmark | DynamicsBenchmark) -> Any:
+def _preset(
+    presets: Mapping[str, tuple[str, Any]], options: TokenizerBenchmark | LatentActionBenchmark | DynamicsBenchmark
+) -> Any:
     """The preset asked for, on the data asked for."""
     if options.preset not in presets:
         raise UserError(f"preset: {options.preset!r} found; there are {', '.join(presets)}")
@@ -304,8 +347,8 @@ def _preset(presets: Mapping[str, tuple[str, Any]], options: TokenizerBenchmark 
     return config if options.data is None else dataclasses.replace(config, data=options.data)
 
 
-def _model(config: train_tokenizer.Config | train_dynamics.Config | train_next_frame.Config) -> Any:
-    """The configuration of the model that is trained."""
+def _model(config: Any) -> Any:
+    """The configuration of the model that is trained, which has a transformer."""
     if isinstance(config, train_next_frame.Config):
         return config.next_frame
     if isinstance(config, train_dynamics.Config):
@@ -350,6 +393,7 @@ def _flat(figures: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]
 BENCHMARKS = {
     "tokenizer": (TokenizerBenchmark, benchmark_tokenizer),
     "video_tokenizer": (VideoTokenizerBenchmark, benchmark_tokenizer),
+    "latent_action": (LatentActionBenchmark, benchmark_latent_action),
     "dynamics": (DynamicsBenchmark, benchmark_dynamics),
     "next_frame": (NextFrameBenchmark, benchmark_next_frame),
     "generate": (GenerateBenchmark, benchmark_generate),

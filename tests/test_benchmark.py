@@ -37,6 +37,17 @@ def test_the_benchmark_reports_one_compilation_for_each_shape_of_batch(tmp_path,
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_latent_actions_reports_each_batch_size(tmp_path):
+    arguments = ("--preset", "debug", "--batch-sizes", "4", "8", "--steps", "2", "--rounds", "1")
+    printed, figures = benchmark(tmp_path, "latent_action", *arguments)
+    assert list(figures["batch_size"]) == ["4", "8"]
+    for size, rates in figures["batch_size"].items():
+        assert rates["compilations"] == 1
+        assert rates["frames_per_s"] == pytest.approx(2 * int(size) * 1e3 / rates["step_ms"])
+        assert f"batch_size {size} frames_per_s" in printed
+
+
+@pytest.mark.slow
 def test_the_benchmark_of_dreams_reports_each_context_with_and_without_the_cache(tmp_path):
     arguments = ("--contexts", "4", "8", "--k", "1", "--frames", "4", "--rounds", "1")
     _, figures = benchmark(tmp_path, "generate", *arguments)
