@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from dreamer4.batch import Actions, ActionSpace
-from dreamer4.config import at_least
+from dreamer4.config import ADDED, at_least
 from dreamer4.errors import UserError
 from dreamer4.models.actions import action_tables, embed_actions
 from dreamer4.models.patches import patch_grid, patchify, sinusoids, unpatchify
@@ -58,7 +58,9 @@ class NextFrameConfig:
     norm: NormKind = "instance"
     activation: Activation = "gelu"
     action_hidden: int = 64
-    """Channels between the two layers of the controls' MLP."""
+    """Channels between the layers of the controls' MLP."""
+    action_layers: int = dataclasses.field(default=2, metadata=ADDED)
+    """Layers of the controls' MLP; the first is a table for each component of the action."""
     action_tokens: int = 1
     """Tokens that the controls become. Cross-attention to one alone tells every token the same."""
     registers: int = 12
@@ -76,6 +78,7 @@ class NextFrameConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "patch", "tokenizer_blocks", "decoder_blocks", "decoder_depth", "action_hidden")
         at_least(1, self, "action_tokens")
+        at_least(2, self, "action_layers")
         at_least(0, self, "registers", "noise")
         if self.norm == "batch":
             raise UserError("norm: batch found, instance, group or none expected: a frame is to say nothing of others")
@@ -143,6 +146,7 @@ class NextFrame(nn.Module):
         tables = action_tables(self.actions, c.action_hidden)
         self.action_tables = {name: self.param(f"action_{name}", normal, shape) for name, shape in tables.items()}
         self.no_action = self.param("no_action", normal, (c.action_hidden,))
+        self.between = [Linear(c.action_hidden, bias=True) for _ in range(c.action_layers - 2)]
         self.to_action = Linear(c.action_tokens * width, bias=True)
         self.transformer = attention(c.transformer, self.layout)
         if c.decoder == "convolutions":
@@ -196,6 +200,8 @@ class NextFrame(nn.Module):
         c, lead = self.config, video.shape[:2]
         dtype = c.transformer.dtype
         told = nn.gelu(embed_actions(self.actions, self.action_tables, self.no_action, action, labelled))
+        for layer in self.between:
+            told = nn.gelu(layer(told.astype(dtype)))
         told = rearrange(self.to_action(told.astype(dtype)), "b t (n d) -> b t n d", n=c.action_tokens)
         x, stages = self._tokenize((video * 2 - 1).astype(dtype))
         parts = [x + self.places.astype(dtype)]

@@ -93,6 +93,24 @@ def test_the_action_has_a_say_where_it_is_known(condition):
     assert np.any(blind[0] != known)
 
 
+def test_the_actions_mlp_is_as_deep_as_asked_for():
+    def paths(model):
+        shapes = jax.eval_shape(functools.partial(init_next_frame, model), jax.random.key(0))
+        return {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(shapes)}
+
+    model = make(PATCHES, action_layers=4)
+    added = {f"['between_{i}']['{name}']" for i in (0, 1) for name in ("bias", "kernel")}
+    assert paths(model) == paths(make(PATCHES)) | added
+    params, (video, action) = draw(model), inputs(model)
+    cut = params | {"between_1": jax.tree.map(jnp.zeros_like, params["between_1"])}  # through which all goes
+    other = action | {"button": (action["button"] + 1) % 3}
+    same, changed = ([run(model, p, video, a) for a in (action, other)] for p in (cut, params))
+    np.testing.assert_array_equal(*same)
+    assert np.any(np.abs(changed[0] - changed[1]) > 1e-4)
+    with pytest.raises(UserError, match="action_layers: 1 found, 2 or more expected"):
+        make(PATCHES, action_layers=1)
+
+
 def test_several_action_tokens_are_told_apart_by_the_tokens_that_read_them():
     model = make(PATCHES, "cross", action_tokens=2)
     params, (video, action) = draw(model), inputs(model)
