@@ -20,13 +20,13 @@ from jaxtyping import Array, PyTree
 from rich.console import Console
 
 from dreamer4.batch import Batch, BatchSpec
-from dreamer4.config import at_least
+from dreamer4.config import ADDED, at_least
 from dreamer4.errors import UserError
 from dreamer4.train.checkpoint import Checkpoints
-from dreamer4.train.logging import Metric, MetricsLog, Progress, Sink, memory
+from dreamer4.train.logging import Metric, MetricsLog, PictureSink, Progress, Sink, memory
 from dreamer4.train.optimizer import Optimizers, make_optimizer
 from dreamer4.train.run_folder import RunFolder
-from dreamer4.train.samples import write_gif, write_png
+from dreamer4.train.samples import PNG_WIDTH, pixels, write_gif, write_png
 from dreamer4.train.sharding import batch_sharding, make_mesh, place_batch, state_shardings
 from dreamer4.train.state import Objective, TrainState, init_state, make_step
 
@@ -91,6 +91,11 @@ class TrainConfig:
     """Steps between logged ones; the metrics of a logged step are those of its own batch. With ``long_every``, one that
     shares no factor with it shows short and long batches in turn."""
     eval_every: int = 1000
+    histograms_every: int | None = dataclasses.field(default=None, metadata=ADDED)
+    """Steps between evaluations whose histograms (the use of codes) are written down, a multiple of ``eval_every``;
+    None for all."""
+    pictures_every: int | None = dataclasses.field(default=None, metadata=ADDED)
+    """Steps between pictures; None for as often as the run is evaluated."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the best is chosen among those at which the run was evaluated too."""
     eval_clips: int = 32
@@ -103,7 +108,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "steps", "batch_size", "clip_length", "long_length", "accumulate", "fsdp", "log_every")
         at_least(1, self, "eval_every", "checkpoint_every", "eval_clips", "eval_length", "keep", "max_bad_steps")
+        at_least(1, self, "histograms_every", "pictures_every")
         at_least(0, self, "seed", "long_every", "ema_decay")
+        if self.histograms_every is not None and self.histograms_every % self.eval_every:
+            raise UserError(
+                f"train.histograms_every: {self.histograms_every} found, a multiple of eval_every {self.eval_every}"
+                " expected: histograms are made when the run is evaluated"
+            )
         if self.ema_decay >= 1:
             raise UserError(f"ema_decay: {self.ema_decay} found, less than 1 expected")
         for clips, _ in self.shapes:
@@ -311,8 +322,10 @@ class _Loop:
             self.unread = (step, metrics)
         evaluated: dict[str, Metric] = {}
         if last or step % config.eval_every == 0:
-            evaluated = self.evaluation(state)
+            evaluated = self.evaluation(state, histograms=last or step % (config.histograms_every or 1) == 0)
+        if last or step % (config.pictures_every or config.eval_every) == 0:
             self.draw(step, state, film=last)
+        if evaluated:
             self.read(evaluated, step)
         if last or stopping or step % config.checkpoint_every == 0:
             self.read()
@@ -320,9 +333,10 @@ class _Loop:
             numbers = {name: value for name, value in evaluated.items() if not isinstance(value, np.ndarray)}
             self.checkpoints.save(step, state, numbers, self.resolved, best)
 
-    def evaluation(self, state: TrainState) -> dict[str, Metric]:
-        values = self.evaluate(state.best_params, self.frozen, self.clips, self.evaluation_key)
-        return {f"eval/{name}": x if x.ndim else float(x) for name, x in jax.device_get(values).items()}
+    def evaluation(self, state: TrainState, histograms: bool) -> dict[str, Metric]:
+        values = jax.device_get(self.evaluate(state.best_params, self.frozen, self.clips, self.evaluation_key))
+        kept = {name: x for name, x in values.items() if histograms or not x.ndim}
+        return {f"eval/{name}": x if x.ndim else float(x) for name, x in kept.items()}
 
     def read(self, evaluated: dict[str, Metric] | None = None, step: int | None = None) -> None:
         """Fetches the metrics of the last logged step, if there are any not yet read, and writes them down."""
@@ -349,6 +363,9 @@ class _Loop:
         if jax.process_index() == 0:
             frames = np.asarray(frames)
             write_png(self.folder.samples / f"step_{step}.png", frames[-1])
+            for sink in self.sinks:
+                if isinstance(sink, PictureSink):
+                    sink.picture(step, "samples", pixels(frames[-1:], PNG_WIDTH)[0])
             if film:
                 write_gif(self.folder.samples / "final.gif", frames)
 

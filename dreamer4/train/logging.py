@@ -14,7 +14,7 @@ from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -41,6 +41,13 @@ class Sink(Protocol):
     def write(self, step: int, metrics: Metrics) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class PictureSink(Protocol):
+    """A sink that takes pictures too."""
+
+    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None: ...
 
 
 def memory() -> dict[str, float]:
@@ -144,6 +151,9 @@ class TensorBoard:
             else:
                 self._writer.add_scalar(name, float(value), step)
 
+    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
+        self._writer.add_image(name, image, step, dataformats="HWC")
+
     def _histogram(self, name: str, bars: Float[np.ndarray, " K"], step: int) -> None:
         """As if bar i were so many values in i to i + 1."""
         places = np.arange(len(bars))
@@ -187,6 +197,9 @@ class WandB:
 
     def write(self, step: int, metrics: Metrics) -> None:
         self._run.log({name: self._value(value) for name, value in metrics.items()}, step=step)
+
+    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
+        self._run.log({name: self._module.Image(image)}, step=step)
 
     def _value(self, value: Metric) -> Any:
         """A number, or a histogram; of too many bars neighbours are put together."""

@@ -477,6 +477,34 @@ class Listener:
         self.closed = True
 
 
+def test_histograms_and_pictures_have_rhythms_of_their_own(tmp_path, whole):
+    class Viewer(Listener):
+        def __init__(self):
+            super().__init__()
+            self.shown = []
+
+        def picture(self, step, name, image):
+            self.shown.append((step, name, image.shape[-1], str(image.dtype)))
+
+    viewer, blind = Viewer(), Listener()
+    config = dataclasses.replace(CONFIG, eval_every=2, histograms_every=4, pictures_every=3)
+    train(tmp_path, config=config, open_sinks=lambda start: [viewer, blind])
+    lines = {line["step"]: line for line in read(tmp_path)}
+    assert [step for step, line in lines.items() if "eval/psnr" in line] == [2, 4, 6, 8, 10, 12, 13]
+    assert [step for step, line in lines.items() if "eval/halves" in line] == [4, 8, 12, 13]
+    drawn = [3, 6, 9, 12, 13]
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {f"step_{n}.png" for n in drawn} | {"final.gif"}
+    assert viewer.shown == [(step, "samples", 3, "uint8") for step in drawn]
+    assert read(tmp_path)[-1] == read(whole[0])[-1]  # how often one looks changes nothing
+
+
+def test_histograms_come_with_evaluations():
+    with pytest.raises(UserError, match=r"train\.histograms_every: 3 found, a multiple of eval_every 2 expected"):
+        TrainConfig(eval_every=2, histograms_every=3)
+    with pytest.raises(UserError, match=r"pictures_every: 0 found, 1 or more expected"):
+        TrainConfig(pictures_every=0)
+
+
 def test_other_sinks_hear_what_the_log_hears_and_are_closed(whole, tmp_path):
     listener, opened_at = Listener(), []
 

@@ -18,6 +18,7 @@ from dreamer4.train.logging import (
     MEMORY,
     WALL_CLOCK,
     MetricsLog,
+    PictureSink,
     Progress,
     TensorBoard,
     WandB,
@@ -157,6 +158,9 @@ class Recorder:
     def add_histogram_raw(self, name: str, **histogram: Any) -> None:
         self.calls.append((name, histogram))
 
+    def add_image(self, name: str, image: Any, step: int, **options: Any) -> None:
+        self.calls.append((name, image, step, options))
+
     def log(self, values: dict[str, float], step: int) -> None:
         self.calls.append((step, values))
 
@@ -215,6 +219,20 @@ def test_tensorboard_gets_a_bar_for_each_place(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found["bucket_counts"], bars)
     np.testing.assert_array_equal(found["bucket_limits"], [1, 2, 3])
     assert (found["sum"], found["sum_squares"]) == (1.5, 3)
+
+
+def test_both_services_take_pictures_and_the_file_of_metrics_takes_none(tmp_path, monkeypatch):
+    image = np.zeros((4, 6, 3), np.uint8)
+    boards, runs = install(monkeypatch, "tensorboardX", "SummaryWriter"), install(monkeypatch, "wandb", "init")
+    sys.modules["wandb"].Image = lambda image: ("image", image)  # type: ignore[attr-defined]
+    for sink in (TensorBoard(tmp_path), WandB(tmp_path, {})):
+        assert isinstance(sink, PictureSink)
+        sink.picture(6, "samples", image)
+    assert boards[0].calls == [("samples", image, 6, {"dataformats": "HWC"})]
+    assert runs[0].calls == [(6, {"samples": ("image", image)})]
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    assert not isinstance(log, PictureSink)
+    log.close()
 
 
 @pytest.mark.parametrize(("count", "width"), [(4, 1), (512, 1), (1000, 2), (1025, 3)])
