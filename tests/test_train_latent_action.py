@@ -112,7 +112,8 @@ def test_frames_in_colour_train_a_gray_model(train, script, tmp_path, monkeypatc
 
 def test_the_papers_sizes_are_what_the_preset_has(train, tmp_path, capsys):
     data = write_store(tmp_path / "data", {name: 40 for s in ("train", "validation") for name in ids_of(s)}, (210, 160))
-    train("breakout", "--data", data, "--train.eval-clips", "2", "--dry-run")
+    # In parts of four pairs, of which none has as many vectors as there are codes.
+    train("breakout", "--data", data, "--train.eval-clips", "2", "--train.accumulate", "8", "--dry-run")
     said = capsys.readouterr().out
     assert "35 of 256 for each of 32 x 1 transitions" in said
     found = re.search(r"parameters +([\d.]+) M", said)
@@ -124,6 +125,10 @@ def test_the_papers_sizes_are_what_the_preset_has(train, tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["--latent-action.vq.codes", "9"], r"vq\.codes: 9 found, at most 8 expected"),
+        (
+            ["--latent-action.pair.norm", "batch", "--train.accumulate", "2"],
+            r"train\.accumulate: 2 found with pair\.norm batch, 1 expected",
+        ),
         (["--train.clip-length", "1"], r"train\.clip_length: 1 found"),
         (["--train.eval-length", "1"], r"train\.eval_length: 1 found"),
         (["--latent-action.quantizer", "fsq"], r"pair\.code_width: 4 found, 3 expected"),
