@@ -162,8 +162,12 @@ def assert_parts_are_the_whole(objective, frozen, clips, start=None):
         start = filled(params, 0.3), filled(carry, 0.0)
     params, carry = start
     start = TrainState(zero, params, optimizer.init(params), carry, None, zero, zero)
-    steps = [make_step(objective, optimizer, accumulate=parts) for parts in (1, 2)]
-    whole, split = jax.jit(lambda state: [step(state, frozen, clips, KEY) for step in steps])(start)
+    ends = []
+    for parts in (1, 2):
+        SEEN.clear()
+        ends.append(jax.jit(make_step(objective, optimizer, accumulate=parts))(start, frozen, clips, KEY))
+        assert max(SEEN, default=CLIPS // parts) == CLIPS // parts
+    whole, split = ends
     moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), whole[0].params, start.params)
     assert max(jax.tree.leaves(moved)) > 1e-3
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), whole, split)
@@ -181,6 +185,10 @@ def test_parts_are_the_whole_batch(make):
 WEIGHT = {"weight": jnp.asarray([0.3, -0.2, 0.5])}
 
 
+SEEN: list[int] = []
+"""How many clips a network was given at once, each time."""
+
+
 def weight(module):
     return module.param("weight", lambda _: WEIGHT["weight"])
 
@@ -190,6 +198,7 @@ class Tinted(Tokenizer):
         self.weight = weight(self)
 
     def __call__(self, video, masked=None):
+        SEEN.append(len(video))
         return video * self.weight + masked.mean(-1)[..., None, None, None]
 
 
@@ -198,6 +207,7 @@ class Affine(Dynamics):
         self.weight = weight(self)
 
     def __call__(self, noised, signal, step, action, labelled, *, agent=None, cache=None, starts=None):
+        SEEN.append(len(noised))
         told = step + jnp.where(labelled, action["button"], 0.5) + 2 * starts
         w = self.weight
         return noised * w[0] + (w[1] + w[2] * told)[..., None, None] * jnp.cos(signal)[..., None, None], None, None
@@ -208,6 +218,7 @@ class Table(MaskGIT):
         self.weight = weight(self)
 
     def __call__(self, codes, masked, action, labelled, *, cache=None, drafts=False):
+        SEEN.append(len(codes))
         waves = jnp.sin(jnp.arange(sum(self.heads)) + codes[..., :1] + action["button"][..., None, None])
         return waves * self.weight[0] + masked[..., None] * waves**2 * self.weight[1], None, jnp.asarray(1.0)
 
@@ -217,6 +228,7 @@ class Shaded(NextFrame):
         self.weight = weight(self)
 
     def __call__(self, video, action, labelled, noise=None):
+        SEEN.append(len(video))
         told = jnp.where(labelled, action["button"], 0.5) / 9 + noise.mean((2, 3))
         return video * self.weight + told[..., None, None, None]
 
@@ -263,11 +275,13 @@ def test_parts_are_the_whole_batch_of_transitions(monkeypatch, make):
         return params | {"codebook": codebook}, state
 
     def encode(model, params, video, *, train):
+        SEEN.append(len(video))
         seen = video.reshape(*video.shape[:2], model.tokens, model.code_width, -1)
         change = 10 * (seen[:, 1:, ..., :3] - seen[:, :-1, ..., :3])
         return jnp.tanh(change @ params["net"]["weight"]), {}
 
     def decode(model, params, video, codes, *, hidden, train):
+        SEEN.append(len(video))
         told = codes.mean((2, 3)) if hidden is None else jnp.where(hidden, 0.5, codes.mean((2, 3)))
         return video[:, :-1] * params["net"]["weight"] + told[..., None, None, None], {}
 

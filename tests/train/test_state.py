@@ -26,7 +26,7 @@ class Quadratic:
     def loss(self, params, carry, frozen, batch: Batch, key, step, *, parts=1):
         errors = in_parts(lambda video: jnp.square(params["w"] - (video / 255).mean((1, 2, 3, 4))), parts)
         loss = errors(batch.video).mean() + params["w"] * batch.reward.mean()
-        return loss, ({"batches": carry["batches"] + 1}, {"drawn": jax.random.uniform(key)})
+        return loss, ({"batches": carry["batches"] + 1}, {"drawn": jax.random.uniform(key), "parts": parts})
 
     def evaluate(self, params, frozen, clips, key):
         raise NotImplementedError
@@ -119,6 +119,7 @@ def test_accumulated_parts_are_the_whole_batch(parts):
     assert state.params["w"] == pytest.approx(0.5 - 0.1 * gradient)
     assert state.params["w"] == pytest.approx(float(whole.params["w"]))
     assert metrics["loss"] == pytest.approx(float(whole_metrics["loss"]))
+    assert (whole_metrics["parts"], metrics["parts"]) == (1, parts)
     assert state.carry["batches"] == 1
     assert state.step == 1
 
