@@ -183,6 +183,8 @@ def run_tests(copy: Path, tests: tuple[str, ...], timeout: float) -> tuple[int |
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         report, said = Path(folder) / "report.xml", Path(folder) / "said.txt"
         options = ["-n", "0", "-x", "-m", "", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        # Folders of its own: several runs of pytest that tidy up the common one get in each other's way.
+        options.append(f"--basetemp={Path(folder) / 'tests'}")
         with said.open("wb") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", "pytest", *options, *tests],
