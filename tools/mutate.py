@@ -319,6 +319,7 @@ def run(options: Options, console: Console) -> list[Outcome]:
 def table(outcomes: list[Outcome]) -> Table:
     """A row for each fault."""
     made = Table("fault", "file", "verdict", "s", "why", box=None)
+    made.columns[0].no_wrap = True  # what --only takes
     made.columns[3].justify = "right"
     for outcome in outcomes:
         made.add_row(
