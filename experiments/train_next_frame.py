@@ -215,8 +215,8 @@ RECORDINGS_SMALL = dataclasses.replace(
     ),
 )
 """``uv run experiments/train_next_frame.py recordings-small --data my_recording``, of 64 to 128 pixels, on a laptop:
-3.1 M parameters, 2.3 s of one core for a step of 16 frames of 96 x 96 (8 steps timed on two cores of an EPYC, other work
-beside them), so about an hour and a half on two for 5,000 steps. These steps are all that was measured; it has not been
+3.1 M parameters, 2.3 s of one core for a step of 16 frames of 96 x 96 (8 steps timed on two cores of an EPYC, beside
+other work), so about an hour and a half on two for 5,000 steps. These steps are all that was measured; it has not been
 trained here."""
 
 PRESETS = {
