@@ -34,7 +34,7 @@ from jaxtyping import Bool, Int64, Shaped, UInt8
 from dreamer4.batch import ActionComponent, ActionSpace
 from dreamer4.data.formats.actions import as_component, find_component
 from dreamer4.data.formats.images import MAX_PIXELS
-from dreamer4.data.formats.names import natural_order, printable
+from dreamer4.data.formats.names import is_hidden, natural_order, printable
 from dreamer4.data.ingest import Event, Footage, Frame, Lost, Recording
 from dreamer4.errors import UserError
 
@@ -142,7 +142,8 @@ def _find_files(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise UserError(f"{source} {'is no file' if source.exists() else 'does not exist'}, expected an HDF5 file")
-    files = [path for path in source.iterdir() if path.suffix in SUFFIXES and path.is_file()]
+    inside = [path for path in source.iterdir() if not is_hidden(path.name)]
+    files = [path for path in inside if path.suffix in SUFFIXES and path.is_file()]
     if not files:
         raise UserError(f"{source} holds no {' or '.join(SUFFIXES)} file")
     return sorted(files, key=lambda path: natural_order(path.name))

@@ -7,14 +7,25 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, UInt8
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dreamer4.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+# What shows a picture as it was taken, by the orientation of its EXIF data (CIPA DC-008, 4.6.5.1.6).
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAX_PIXELS = 2**26  # 8192 x 8192: a file that declares more is refused before anything of it is decoded
 MAX_BYTES = 2**28  # a file of more is refused unread
 
@@ -44,9 +55,10 @@ def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     """The picture in a file's content, as RGB.
 
-    Gray, palette and 1-bit pictures become RGB, 16-bit ones keep their high byte, and what is transparent lies on
-    black. Raises BadImageError for content that is empty, no picture of ``FORMATS``, truncated, damaged, animated, or
-    larger than ``MAX_PIXELS`` by its own declaration.
+    Gray, palette and 1-bit pictures become RGB, 16-bit ones keep their high byte, what is transparent lies on black,
+    and one that was taken lying is turned as its EXIF data say. Of a JPEG with several pictures (MPO: a preview, a gain
+    map) it is the first. Raises BadImageError for content that is empty, no picture of ``FORMATS``, truncated, damaged,
+    animated, or larger than ``MAX_PIXELS`` by its own declaration.
     """
     if not data:
         raise BadImageError("empty file")
@@ -113,11 +125,20 @@ def _decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImageError("picture of too many pixels")
-    if getattr(image, "n_frames", 1) > 1:
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise BadImageError("animated picture")
     if image.format == "PNG":
         Image.open(io.BytesIO(data), formats=FORMATS).verify()  # the checksums, which decoding does not look at
-    return _to_rgb(image)
+    image.load()  # of which the next line would hide what goes wrong
+    turn = ORIENTATIONS.get(_orientation(image))
+    return _to_rgb(image if turn is None else image.transpose(turn))
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # what Pillow raises on damaged EXIF data is of no common class; the picture may be sound
+        return None
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:

@@ -10,6 +10,11 @@ def natural_order(name: str) -> tuple[list[int | str], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a name starts with a dot, as those of the files do that macOS puts beside others (``._a.png``)."""
+    return name.startswith(".")
+
+
 def printable(name: str) -> str:
     """The name with bytes that are no UTF-8, which a file system allows, as ``\\\\xNN``."""
     return os.fsencode(name).decode(errors="backslashreplace")

@@ -22,11 +22,17 @@ from jaxtyping import Bool, Float, Shaped
 from dreamer4.batch import ActionSpace
 from dreamer4.data.formats.actions import as_component, find_component
 from dreamer4.data.formats.images import MAX_PIXELS
-from dreamer4.data.formats.names import natural_order, printable
+from dreamer4.data.formats.names import is_hidden, natural_order, printable
 from dreamer4.data.ingest import Event, Footage, Frame, Gap, Lost, Recording
 from dreamer4.errors import UserError
 
 VIDEO = ("video", "frames", "image")  # the names that the video may have
+ACTION = ("action", "actions")
+REWARD = ("reward", "rewards")
+TERMINAL = ("is_terminal", "terminal", "terminals", "terminated")
+# Ends of any kind, a time limit's too: what comes after such a frame does not follow it.
+ENDS = ("is_last", "done", "dones", "timeouts", "truncated")
+READ = (*VIDEO, *ACTION, *REWARD, *TERMINAL, *ENDS, "is_first")
 MAX_VIDEO_BYTES = 2**36  # an archive that declares more is refused: it would keep the disk busy for hours
 MAX_LABEL_BYTES = 2**28  # of an array beside the video; these are in memory
 DEFLATE_RATIO = 1032  # the most bytes that one of a deflated archive can stand for
@@ -58,7 +64,8 @@ class _Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Episode:
-    """An archive of N frames, ``frame`` the shape of each. ``action`` is empty where none are known."""
+    """An archive of N frames, ``frame`` the shape of each. ``action`` is empty where none are known; a frame of
+    ``is_first`` does not follow the one before it; ``ignored`` are the names of all that is not read."""
 
     file: Path
     video: _Array
@@ -67,6 +74,7 @@ class _Episode:
     reward: Float[np.ndarray, " N"]
     is_terminal: Bool[np.ndarray, " N"]
     is_first: Bool[np.ndarray, " N"]
+    ignored: tuple[str, ...]
 
     @property
     def frames(self) -> int:
@@ -78,8 +86,10 @@ def open_npz(source: Path) -> Footage:
 
     ``video`` (or ``frames`` or ``image``) is uint8 (T, H, W, C), of 1 or 3 channels, or (T, H, W). Optional are
     ``action`` (T,) or (T, A), or instead several components ``action/NAME``; ``reward`` (T,); ``is_terminal`` (T,) of
-    truth values; ``is_first`` (T,), true where a frame does not follow the one before it. All are aligned as in
-    ``dreamer4.batch``. Other arrays are ignored. Where some files have actions, the others are not ``labelled``.
+    truth values; ``is_first`` (T,), true where a frame does not follow the one before it, and ``done`` (T,), true where
+    the next one does not. ``ACTION``, ``REWARD``, ``TERMINAL`` and ``ENDS`` are the names that each may have. All are
+    aligned as in ``dreamer4.batch``. Other arrays are ignored, which ``notes`` say. Where some files have actions, the
+    others are not ``labelled``.
 
     All frames of a file are lost where it is damaged or declares more than it holds; they count as many as it declares
     or, where that is not to be known, as the median of the other files has. Raises UserError where there is no such
@@ -105,7 +115,17 @@ def open_npz(source: Path) -> Footage:
             frames, labelled = usual if error.frames is None else error.frames, False
             events = partial(iter, [Lost(printable(file.name), str(error), frames)])
         recordings.append(Recording(printable(file.stem), events, frames, labelled))
-    return Footage(recordings, components)
+    return Footage(recordings, components, notes=tuple(_notes(list(episodes.values()))))
+
+
+def _notes(episodes: list[_Episode]) -> Iterator[str]:
+    files: dict[tuple[str, ...], list[str]] = {}
+    for episode in episodes:
+        files.setdefault(episode.ignored, []).append(printable(episode.file.name))
+    for ignored, names in files.items():
+        if ignored:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield f"{names[0]}{more}: {', '.join(ignored)} ignored, which is none of the arrays that are read"
 
 
 def _find_files(source: Path) -> list[Path]:
@@ -115,7 +135,7 @@ def _find_files(source: Path) -> list[Path]:
         found = "another file" if source.exists() else "nothing"
         raise UserError(f"{source}: {found} found, expected an .npz file or a folder of them")
     try:
-        names = sorted((p.name for p in source.iterdir() if not p.name.startswith(".")), key=natural_order)
+        names = sorted((p.name for p in source.iterdir() if not is_hidden(p.name)), key=natural_order)
     except OSError as e:
         raise UserError(f"{source}: {e.strerror}, expected a folder of .npz files") from None
     files = [source / name for name in names if name.lower().endswith(".npz") and (source / name).is_file()]
@@ -142,15 +162,19 @@ def _read_episode(file: Path) -> _Episode:
             video, frame = archive.video()
             frames = video.shape[0]
             with np.errstate(over="ignore"):
-                reward = archive.labels("reward", frames, "biuf").astype(np.float32)
+                reward = archive.labels(archive.find(REWARD), frames, "biuf").astype(np.float32)
+            ends = archive.truths(archive.find(ENDS), frames)
+            is_first = archive.truths("is_first", frames)
+            is_first[1:] |= ends[:-1]
             return _Episode(
                 file=file,
                 video=video,
                 frame=frame,
-                action={n.removeprefix("action/"): archive.labels(n, frames) for n in archive.action_names()},
+                action={part: archive.labels(name, frames) for part, name in archive.action_names().items()},
                 reward=reward,
-                is_terminal=archive.labels("is_terminal", frames, "bui").astype(bool),
-                is_first=archive.labels("is_first", frames, "bui").astype(bool),
+                is_terminal=archive.truths(archive.find(TERMINAL), frames),
+                is_first=is_first,
+                ignored=archive.ignored(),
             )
     except _UnusableError as error:
         raise _UnusableError(str(error), error.frames or frames) from None
@@ -198,24 +222,44 @@ class _Archive:
             raise _UnusableError("video without frames")
         return video, (frame[0], frame[1], frame[2])
 
-    def action_names(self) -> list[str]:
-        """``action`` alone, or all ``action/NAME``."""
+    def find(self, names: tuple[str, ...]) -> str:
+        """The one of some names for one thing that is there; the first where none is."""
+        found = [name for name in names if name in self._members]
+        if len(found) > 1:
+            raise UserError(f"{self._file}: {' and '.join(found)} found, expected one array {' or '.join(names)}")
+        return found[0] if found else names[0]
+
+    def ignored(self) -> tuple[str, ...]:
+        return tuple(sorted(n for n in self._members if n not in READ and not n.startswith("action/")))
+
+    def action_names(self) -> dict[str, str]:
+        """Arrays by component: ``action`` alone, or all ``action/NAME``."""
         parts = [name for name in self._members if name.startswith("action/")]
-        if "action" in self._members and parts:
-            raise UserError(f"{self._file}: action and {parts[0]} found, expected action alone or parts of it alone")
+        alone = self.find(ACTION)
+        if alone in self._members and parts:
+            raise UserError(f"{self._file}: {alone} and {parts[0]} found, expected action alone or parts of it alone")
         for name in parts:
             if not COMPONENT.fullmatch(name):
                 raise UserError(f"{self._file}: {name!r} found, expected action/NAME of letters, digits, _ and -")
-        return ["action"] if "action" in self._members else parts
+        return {"action": alone} if alone in self._members else {name.removeprefix("action/"): name for name in parts}
 
-    def labels(self, name: str, frames: int, kinds: str | None = None) -> Shaped[np.ndarray, "N ..."]:
+    def truths(self, name: str, frames: int) -> Bool[np.ndarray, " N"]:
+        """Truth values, or numbers 0 and 1, of each frame."""
+        values = self.labels(name, frames, "biuf", "bool (T,)")
+        if not ((values == 0) | (values == 1)).all():
+            raise UserError(f"{self._file}: {name} has values beside 0 and 1")
+        return values.astype(bool)
+
+    def labels(
+        self, name: str, frames: int, kinds: str | None = None, expected: str = "numbers (T,)"
+    ) -> Shaped[np.ndarray, "N ..."]:
         """An array with a row for each frame, zeros where it is missing; (N,) of dtypes of ``kinds`` where given."""
         if name not in self._members:
             return np.zeros(frames, bool)
         array = self._header(name)
         fits = kinds is None or (len(array.shape) == 1 and array.dtype.kind in kinds)
         if array.shape[:1] != (frames,) or not fits:
-            expected = {None: "numbers (T,) or (T, A)", "biuf": "numbers (T,)"}.get(kinds, "bool (T,)")
+            expected = expected if kinds else "numbers (T,) or (T, A)"
             raise UserError(
                 f"{self._file}: {name} is {array.dtype} {array.shape}, expected {expected}, T {frames} as in the video"
             )

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePath
 
+import numpy as np
+
 from dreamer4.batch import ActionComponent
 from dreamer4.data.formats.images import BadImageError, read_image
 from dreamer4.data.formats.labels import Labels, find_common_component, read_labels
-from dreamer4.data.formats.names import natural_order, printable
+from dreamer4.data.formats.names import is_hidden, natural_order, printable
 from dreamer4.data.ingest import Event, Footage, Frame, Gap, Lost, Recording
 from dreamer4.errors import UserError
 
@@ -49,7 +51,20 @@ def open_png(source: Path) -> Footage:
     episodes = _find_episodes(source)
     component = find_common_component({str(e.folder / ACTIONS): e.labels for e in episodes if e.labels})
     recordings = [Recording(e.id, partial(_events, e, component), len(e.pictures), e.is_labelled) for e in episodes]
-    return Footage(recordings, (component,) if component else ())
+    return Footage(recordings, (component,) if component else (), notes=tuple(n for e in episodes for n in _notes(e)))
+
+
+def _notes(episode: _Episode) -> Iterator[str]:
+    """That numbers are no count of frames, so that each picture would be an episode of its own."""
+    numbers = np.array(list(episode.pictures), dtype=object)  # of any size
+    steps = sorted(np.diff(numbers).tolist())
+    if steps and (usual := steps[(len(steps) - 1) // 2]) > 1:
+        first, second, *_ = episode.pictures.values()
+        yield (
+            f"{episode.id}: most numbers are {usual} or more apart ({printable(first)},"
+            f" {printable(second)}, ...), and where one is missing there is a cut; count the pictures one by one where"
+            " they follow each other"
+        )
 
 
 def _find_episodes(source: Path) -> list[_Episode]:
@@ -79,7 +94,7 @@ def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """The names of its folders and of all else in it, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
-            shown = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+            shown = [(entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name)]
     except OSError as e:
         raise UserError(f"{folder}: {e.strerror}, expected a folder of pictures or of episodes") from None
     shown.sort()

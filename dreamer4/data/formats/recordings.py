@@ -29,7 +29,7 @@ import numpy as np
 
 from dreamer4.batch import ActionComponent
 from dreamer4.data.formats.images import BadImageError, read_image
-from dreamer4.data.formats.names import printable
+from dreamer4.data.formats.names import is_hidden, printable
 from dreamer4.data.ingest import Event, Footage, Frame, Gap, Lost, Recording
 from dreamer4.errors import UserError
 
@@ -40,6 +40,7 @@ MAX_LINE_BYTES = 2**20
 MAX_NAME_LENGTH = 4096
 MAX_SECONDS = 1e12  # 30,000 years; what is beyond is no time
 # The clocks, in the order of preference where as many lines tell each, and the seconds of their units.
+RARE = 0.05  # share of lines earlier than the one before, beyond which a log is in no order at all
 UNITS = {"timestamp": 1.0, "timestamp in ISO 8601": 1.0, "server_timestamp_ns": 1e-9}
 
 
@@ -57,11 +58,12 @@ class _Line:
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Entry:
     """A line in its place: ``time`` in seconds from the log's first; ``unsure`` says that a line without a time stood
-    before it in the file."""
+    before it in the file, ``torn`` that the line before it in the file is not the one before it in time."""
 
     line: _Line
     time: float | None
     unsure: bool
+    torn: bool
 
 
 class _BadLineError(Exception):
@@ -70,6 +72,7 @@ class _BadLineError(Exception):
 
 def open_recordings(source: Path, log: str | None = None, gap_seconds: float = 1.0) -> Footage:
     """The recording in the folder ``source``, in the order of time; lines of the same time stay in the file's order.
+    Where the file, if it is in order but for a few lines, has another one next, there is a gap: its clock was set back.
 
     ``log`` names the log, ``recording_log.jsonl`` or the only ``*.jsonl`` by default. Frames more than ``gap_seconds``
     apart do not follow each other. The number of axes is that of most lines. A line that cannot be used, a picture that
@@ -117,7 +120,7 @@ def find_log(source: Path, log: str | None = None) -> Path:
     if not source.is_dir():
         found = "is a file" if source.exists() else "does not exist"
         raise UserError(f"{source} {found}, expected a folder with a log of recordings")
-    logs = sorted(path.name for path in source.glob("*.jsonl"))
+    logs = sorted(path.name for path in source.glob("*.jsonl") if not is_hidden(path.name))
     name = log or (logs[0] if len(logs) == 1 else LOG)
     if not (source / name).is_file():
         remedy = "" if log else " (or another one by its name)"
@@ -282,12 +285,18 @@ def _in_order(lines: Iterator[_Line], clock: str) -> list[_Entry]:
             last = time
         places.append((last, line, unsure and time is not None))
         unsure = time is None
-    places.sort(key=lambda place: place[0])
-    first = next((time for time, line, _ in places if clock in line.times), 0.0)
-    return [
-        _Entry(line, (time - first) * UNITS[clock] if clock in line.times else None, unsure)
-        for time, line, unsure in places
-    ]
+    back = sum(later[0] < earlier[0] for earlier, later in itertools.pairwise(places))
+    # A clock that was set back mixes two stretches of time; of a log that is in no order, the times alone tell one.
+    is_ordered = back <= max(1, RARE * len(places))
+    order = sorted(range(len(places)), key=lambda place: places[place][0])
+    first = next((places[place][0] for place in order if clock in places[place][1].times), 0.0)
+    entries = []
+    for number, place in enumerate(order):
+        time, line, unsure = places[place]
+        torn = is_ordered and number > 0 and place != order[number - 1] + 1
+        seconds = (time - first) * UNITS[clock] if clock in line.times else None
+        entries.append(_Entry(line, seconds, unsure, torn))
+    return entries
 
 
 def _median_step(entries: Sequence[_Entry]) -> float:
@@ -300,7 +309,9 @@ def _notes(log: str, entries: Sequence[_Entry], clock: str, step: float) -> tupl
     notes = [f"{log} tells the time by {clock}"]
     numbers = np.array([entry.line.number for entry in entries])
     if moved := int((np.diff(numbers) < 0).sum()):
-        notes.append(f"{log} is not in the order of time; sorting went back in the file {moved} times")
+        torn = sum(entry.torn for entry in entries)
+        cut = f"; where file and time disagree, {torn} times, there is a cut (was the clock set back?)" if torn else ""
+        notes.append(f"{log} is not in the order of time; sorting went back in the file {moved} times{cut}")
     if not step and len(entries) > 1:
         notes.append(f"most times in {log} are equal: they give the order of the frames, and no frame rate")
     return tuple(notes)
@@ -313,6 +324,8 @@ def _events(root: Path, log: str, entries: Sequence[_Entry], gap_seconds: float,
         where = f"{log} line {line.number}"
         if entry.unsure:
             yield Gap(where, "line without a time before it")
+        if entry.torn:
+            yield Gap(where, "order of the log that its times contradict")
         if entry.time is not None:
             if before is not None and entry.time - before > gap_seconds:
                 yield Gap(where, "time gap")

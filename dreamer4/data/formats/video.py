@@ -29,7 +29,7 @@ from PIL import Image
 from dreamer4.batch import ActionComponent
 from dreamer4.data.formats.images import MAX_PIXELS, on_black
 from dreamer4.data.formats.labels import Labels, find_common_component, read_labels
-from dreamer4.data.formats.names import natural_order, printable
+from dreamer4.data.formats.names import is_hidden, natural_order, printable
 from dreamer4.data.ingest import Event, Footage, Frame, Gap, Lost, Recording
 from dreamer4.errors import UserError
 
@@ -158,7 +158,7 @@ def _files(source: Path) -> list[Path]:
         if not source.is_file():
             raise UserError(f"{source}: no file or folder found, expected a video or a folder of them")
         return [source]
-    inside = [path for path in source.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    inside = [path for path in source.iterdir() if path.suffix.lower() in SUFFIXES and not is_hidden(path.name)]
     paths = sorted((path for path in inside if path.is_file()), key=lambda path: natural_order(path.name))
     if not paths:
         raise UserError(f"{source}: no video found, expected files that end in {', '.join(SUFFIXES)}")

@@ -51,6 +51,12 @@ def shown(source):
     ]
 
 
+def test_files_that_macos_puts_beside_others_are_none(tmp_path):
+    write(tmp_path / "a.h5")
+    (tmp_path / "._a.h5").write_bytes(b"\0\5\x16\7")
+    assert [recording.id.split("/")[0] for recording in open_h5(tmp_path).recordings] == ["a"]
+
+
 def make_store(folder, *, labelled=(True, True, True), actions=None, frame=(8, 8, 3), rate=15.0):
     space = actions if actions is not None else (
         ActionComponent("key", "categorical", 6),

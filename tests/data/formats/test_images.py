@@ -57,6 +57,55 @@ def test_a_picture_comes_back_as_it_was():
     assert np.abs(decode_image(encoded(np.full((8, 8, 3), 90, np.uint8), "JPEG")).astype(int) - 90).max() < 3
 
 
+# Where the first row and the first column of what is stored are to be seen, in the words of CIPA DC-008: for each of
+# them the axis of the picture, and whether it runs backwards along it.
+TAKEN = {
+    1: lambda row, column, height, width: (row, column),
+    2: lambda row, column, height, width: (row, width - 1 - column),
+    3: lambda row, column, height, width: (height - 1 - row, width - 1 - column),
+    4: lambda row, column, height, width: (height - 1 - row, column),
+    5: lambda row, column, height, width: (column, row),
+    6: lambda row, column, height, width: (column, height - 1 - row),
+    7: lambda row, column, height, width: (width - 1 - column, height - 1 - row),
+    8: lambda row, column, height, width: (width - 1 - column, row),
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", TAKEN)
+def test_a_picture_that_was_taken_lying_is_turned(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shown = decode_image(encoded(NOISE, kind, exif=exif, lossless=True))
+    height, width, _ = NOISE.shape
+    assert shown.shape == ((height, width, 3) if orientation < 5 else (width, height, 3))
+    for row in range(height):
+        for column in range(width):
+            assert (shown[TAKEN[orientation](row, column, height, width)] == NOISE[row, column]).all()
+
+
+def test_a_jpeg_lies_as_it_was_taken_and_damaged_exif_data_lose_no_picture():
+    half = np.zeros((16, 24, 3), np.uint8)
+    half[:, 12:] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(half, "JPEG", exif=exif)
+    turned = decode_image(content)
+    assert turned.shape == (24, 16, 3)
+    assert (turned[:12].mean(), turned[12:].mean()) == (pytest.approx(0, abs=3), pytest.approx(200, abs=3))
+    place = content.index(b"Exif\0\0") + 6
+    assert decode_image(content[:place] + b"\xff" * 8 + content[place + 8 :]).shape == (16, 24, 3)
+
+
+def test_a_jpeg_with_a_second_picture_is_the_first():
+    plain, other = np.full((8, 8, 3), 90, np.uint8), np.full((8, 8, 3), 200, np.uint8)
+    content = encoded(plain, "MPO", save_all=True, append_images=[Image.fromarray(other)])
+    assert Image.open(io.BytesIO(content)).n_frames == 2
+    assert np.abs(decode_image(content).astype(int) - 90).max() < 3
+    moving = encoded(plain, "PNG", save_all=True, append_images=[Image.fromarray(other)])
+    assert reason_against(moving) == "animated picture"
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

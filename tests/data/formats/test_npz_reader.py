@@ -113,9 +113,40 @@ def test_a_start_within_is_a_gap(tmp_path):
     assert shown(events) == [0, 1, Gap("a.npz frame 2", "episode start"), 2, 3]
 
 
+@pytest.mark.parametrize("terminal", npz.TERMINAL)
+def test_names_of_other_data_sets_are_taken_for_what_they_mean(tmp_path, terminal):
+    end = np.array([0, 1, 0, 0], np.float32)
+    file = write(tmp_path / "a.npz", actions=np.array([0, 3, 1, 2]), rewards=np.arange(4.0), **{terminal: end})
+    footage = open_npz(file)
+    assert footage.notes == ()
+    assert footage.actions == (ActionComponent("action", "categorical", 4),)
+    frames = [e for e in footage.recordings[0].events() if isinstance(e, Frame)]
+    assert [(f.action["action"], f.reward, f.is_terminal) for f in frames] == [
+        *[(0, 0, False), (3, 1, True), (1, 2, False), (2, 3, False)]
+    ]
+
+
+@pytest.mark.parametrize("name", npz.ENDS)
+def test_an_end_that_may_be_a_time_limit_is_a_cut_and_not_terminal(tmp_path, name):
+    file = write(tmp_path / "a.npz", **{name: np.array([False, True, False, True])})
+    events = events_of(file)["a"]
+    assert shown(events) == [0, 1, Gap("a.npz frame 2", "episode start"), 2, 3]
+    assert not any(e.is_terminal for e in events if isinstance(e, Frame))
+
+
+def test_what_is_ignored_is_named(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.npz", action=np.arange(4), log_prob=np.zeros(4), infos=np.zeros(3))
+    (note,) = open_npz(tmp_path).notes
+    assert note.startswith("a.npz and 1 more: infos, log_prob ignored")
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
+        ({"action": np.arange(4), "actions": np.arange(4)}, "action and actions found, expected one array"),
+        ({"done": np.array([0, 2, 0, 1])}, "done has values beside 0 and 1"),
+        ({"terminals": np.zeros(3)}, r"terminals is float64 \(3,\)"),
         ({"video": None}, "nothing found, expected one array video or frames or image"),
         ({"video": None, "vid": NOISE}, "vid found, expected one array video"),
         ({"frames": NOISE}, "video and frames found, expected one array"),
@@ -136,7 +167,7 @@ def test_a_start_within_is_a_gap(tmp_path):
         ({"action/../x": np.arange(4)}, "'action/../x' found, expected action/NAME of letters"),
         ({"reward": np.zeros((4, 1))}, r"reward is float64 \(4, 1\), expected numbers \(T,\)"),
         ({"reward": np.array(["1"] * 4)}, "reward is <U1"),
-        ({"is_terminal": np.zeros(4)}, r"is_terminal is float64 \(4,\), expected bool \(T,\)"),
+        ({"is_terminal": np.full(4, 0.5)}, "is_terminal has values beside 0 and 1"),
         ({"is_first": np.zeros(5, bool)}, r"is_first is bool \(5,\), expected bool \(T,\)"),
     ],
 )

@@ -47,6 +47,16 @@ def actions_of(source: Path) -> list:
     return [frame.action["action"].tolist() for frame in frames_of(source)]
 
 
+def test_numbers_that_count_no_frames_are_told(tmp_path):
+    write(tmp_path / "a", [0, 5, 10, 15])
+    write(tmp_path / "b", [0, 1, 2, 4, 6])  # with holes
+    write(tmp_path / "c", range(3), name="{}0000033366700.png")  # nanoseconds
+    (first, second) = open_png(tmp_path).notes
+    assert first.startswith("a: most numbers are 5 or more apart (0.png, 5.png, ...)")
+    assert second.startswith("c: most numbers are 10000000000000 or more apart")
+    assert [sum(isinstance(e, Gap) for e in events) for events in events_of(tmp_path).values()] == [3, 2, 2]
+
+
 @pytest.mark.parametrize("name", ["{}.png", "{:04}.png", "frame_{:03}.png", "{}.PNG", "run2-{}.bmp", "{}.webp"])
 def test_numbers_are_counted_not_spelled(tmp_path, name):
     write(tmp_path / "root" / "a", range(8, 12), name=name)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import random
@@ -108,6 +109,27 @@ def test_lines_are_sorted_by_time_with_their_controls(tmp_path):
     random.Random(1).shuffle(lines)
     assert read(tmp_path, lines) == list(range(12))
     assert any("not in the order of time" in note for note in open_recordings(tmp_path).notes)
+
+
+def test_a_clock_that_was_set_back_mixes_no_frames(tmp_path):
+    """Lines 0 to 7 at 0, 1, ... and lines 8 to 11 again from 4.5 on: in time 4, 8, 5, 9, ..., of which no two follow
+    each other."""
+    lines = [entry(i, timestamp=float(i) if i < 8 else i - 3.5) for i in range(12)]
+    shown = read(tmp_path, lines, gap_seconds=5.0)
+    assert shown == [0, 1, 2, 3, 4, "|", 8, "|", 5, "|", 9, "|", 6, "|", 10, "|", 7, "|", 11]
+    followers = [(a, b) for a, b in itertools.pairwise(shown) if "|" not in (a, b)]
+    assert all(b == a + 1 for a, b in followers)
+    (note,) = [note for note in open_recordings(tmp_path, gap_seconds=5.0).notes if "not in the order of time" in note]
+    assert "7 times, there is a cut (was the clock set back?)" in note
+    # By more than the log is long, all of the second part comes first.
+    lines = [entry(i, timestamp=100 + i / 10 if i < 6 else 50 + i / 10) for i in range(12)]
+    assert read(tmp_path, lines, gap_seconds=100.0) == [6, 7, 8, 9, 10, 11, "|", 0, 1, 2, 3, 4, 5]
+
+
+def test_logs_that_macos_puts_beside_others_are_none(tmp_path):
+    write(tmp_path, [entry(i) for i in range(12)], log="drive.jsonl")
+    (tmp_path / "._drive.jsonl").write_bytes(b"\0\5\x16\7")
+    assert read(tmp_path) == list(range(12))
 
 
 def test_equal_times_keep_the_order_of_the_file(tmp_path):
@@ -234,7 +256,7 @@ def test_a_lost_line_without_a_time_cuts_where_it_stood(tmp_path, line, reason):
     assert losses(tmp_path, lines) == [(f"{LOG} line 4", reason)]
     assert read(tmp_path) == [0, 1, 2, -1, "|", 4, 5]
     # In a log out of order, neither the frames around it in the file nor those around its neighbour's time meet.
-    lines = [entry(0), entry(2), line, entry(5), entry(1), entry(3), entry(4)]
+    lines = [entry(0), entry(2), line, entry(5), entry(1), entry(4), entry(3)]
     assert read(tmp_path, lines) == [0, 1, 2, -1, 3, 4, "|", 5]
     assert read(tmp_path, [line, entry(0), entry(1), line]) == [-1, "|", 0, 1, -1]
 
