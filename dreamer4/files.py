@@ -51,7 +51,7 @@ def check_new_file(path: Path, field: str) -> None:
     if path.is_dir():
         raise UserError(f"{field}: {path} is a folder, a file expected")
     if not path.parent.is_dir():
-        raise UserError(f"{field}: the folder of {path} does not exist")
+        raise UserError(f"{field}: {path}: its folder does not exist")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{field}: {path} cannot be written")
 

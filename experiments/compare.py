@@ -77,7 +77,6 @@ class Options:
 
 def compare(options: Options) -> None:
     """Measures, prints, writes."""
-    results_folder(options.out, options.out)
     horizon, data, loaded = Horizon(options.context, options.horizon), options.data, []
     for run in options.runs:
         trained = load(run)
@@ -86,6 +85,7 @@ def compare(options: Options) -> None:
             raise UserError(f"runs: {run} and {options.runs[0]} were not asked for the same clips, give one --data")
         loaded.append((trained, clips))
         data = data or own_data(trained, run)
+    results_folder(options.out, options.out)
     rows, dreams = {}, []
     for run, (trained, clips) in zip(options.runs, loaded, strict=True):
         print(f"dreaming with {run}", flush=True)

@@ -117,6 +117,12 @@ def test_one_run_alone_is_refused(compare, runs, count):
         compare(*[runs[0]] * count)
 
 
+def test_one_run_by_two_paths_is_one_run(scripts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"runs: .* found, 2 or more, each once, expected"):
+        scripts.compare.Options((Path("x"), tmp_path / "x"))
+
+
 def test_clips_that_differ_are_refused_before_anything_is_dreamt(compare, runs, scripts, make_run, tmp_path):
     lengths = dict.fromkeys(ids_of("validation", 2) + ids_of("train", 2), 12)
     data = write_store(tmp_path / "data", lengths, noise=True)

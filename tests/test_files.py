@@ -16,6 +16,7 @@ from dreamer4.data.columns import LATENT, read_record
 from dreamer4.data.episodes import EpisodeStore, Schema
 from dreamer4.data.formats.h5 import open_h5
 from dreamer4.data.formats.h5_export import write_h5
+from dreamer4.data.toy_recordings import write_toy_recordings
 from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
 from dreamer4.files import check_new_file, publish, staging, sync
@@ -162,6 +163,8 @@ def test_a_link_to_nothing_is_found_out_before_the_work(tmp_path, name):
         write_h5(store, tmp_path / name)
     with pytest.raises(UserError, match=words), RunFolder.open(tmp_path / name, {}):
         pass
+    with pytest.raises(UserError, match=words):
+        write_toy_recordings(tmp_path / name, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "store"]
 
 
@@ -177,7 +180,7 @@ def test_a_file_that_cannot_be_written_is_found_out_before_the_work(tmp_path):
     check_new_file(tmp_path / "new.json", "json")
     with pytest.raises(UserError, match=r"json: .*folder is a folder"):
         check_new_file(tmp_path / "folder", "json")
-    with pytest.raises(UserError, match=r"json: the folder of .*nowhere/new\.json does not exist"):
+    with pytest.raises(UserError, match=r"json: .*nowhere/new\.json: its folder does not exist"):
         check_new_file(tmp_path / "nowhere" / "new.json", "json")
 
 

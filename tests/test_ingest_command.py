@@ -160,6 +160,15 @@ def test_episodes_are_appended(ingest, tmp_path):
     assert [e.id for e in read_index(tmp_path / "out").episodes] == ["walk", "run"]
 
 
+def test_an_empty_folder_is_filled_and_a_link_to_nothing_refused(ingest, tmp_path):
+    (tmp_path / "volume").mkdir()
+    ingest("png", make_png(tmp_path / "a"), "--out", tmp_path / "volume")
+    assert read_index(tmp_path / "volume").episodes
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"out: .*link is a link to nowhere"):
+        ingest("png", tmp_path / "a", "--out", tmp_path / "link")
+
+
 def test_a_mistake_is_one_sentence(tmp_path):
     command = [sys.executable, SCRIPT, "npz", tmp_path / "nothing.npz", "--out", tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}

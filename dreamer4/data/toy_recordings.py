@@ -22,6 +22,7 @@ from dreamer4.data.formats.images import to_gray
 from dreamer4.data.formats.recordings import LOG
 from dreamer4.data.toy import ToyConfig, make_clips, reset
 from dreamer4.errors import UserError
+from dreamer4.files import check_linked
 
 PICTURES = "frames"
 FRAME_RATE = 10.0
@@ -49,6 +50,7 @@ def write_toy_recordings(
             raise UserError(f"{name}: {value} found, {least} or more expected")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: {seed} found, 0 to {2**32 - 1} expected")
+    check_linked(folder, "data")
     if folder.exists():
         raise UserError(f"{folder} already exists: give another name, or remove it")
     part = folder.with_name(f".{folder.name}.part")

@@ -63,11 +63,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 3):
         if keep < 1:
             raise UserError(f"checkpoints to keep: {keep} asked, at least 1 is needed")
-        if found := _UNWRITABLE.search(str(folder.resolve())):
-            raise UserError(
-                f"{folder}: checkpoints cannot be kept in a folder with {found[0]!r} in its path; choose another"
-            )
-        array_folder(folder)
+        check_folder(folder)
         _go_on_without_locks()
         self._folder, self._keep = folder, keep
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
@@ -199,6 +195,14 @@ class Checkpoints:
         # Tensorstore tells the whole way to a failed write; its last words are the reason.
         reason = re.split(r" \[\w+=", "".join(str(error).rpartition("Failed ")[1:]))[0]
         return UserError(f"{self._folder}: the checkpoint of step {step} could not be written ({reason}); {left}")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError where checkpoints could be written in ``folder`` and not be read back, by what it is called."""
+    if found := _UNWRITABLE.search(array_folder(folder)):
+        raise UserError(
+            f"{folder}: checkpoints cannot be kept in a folder with {found[0]!r} in its path; choose another"
+        )
 
 
 def restore_params(

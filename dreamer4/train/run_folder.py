@@ -51,9 +51,11 @@ class RunFolder:
 
         ``compare(saved, asked)`` returns a line for each field that may not differ and does. With several hosts the
         first alone claims and writes. Raises UserError where the folder cannot be written, is in use, holds a run of
-        another configuration, or holds checkpoints whose configuration is lost.
+        another configuration, or holds checkpoints whose configuration is lost, and where checkpoints could not be
+        read back from it.
         """
         run = RunFolder(path)
+        checkpoint.check_folder(run.checkpoints)
         if jax.process_index() != 0:
             yield run
             return

@@ -22,6 +22,7 @@ from dreamer4.errors import UserError
 from dreamer4.train import checkpoint
 from dreamer4.train.checkpoint import Checkpoints, adopt, find, restore_params
 from dreamer4.train.manifest import read_manifest
+from dreamer4.train.run_folder import RunFolder
 
 
 @jax.tree_util.register_dataclass
@@ -363,6 +364,8 @@ def test_a_run_is_kept_and_read_under_any_name(tmp_path, monkeypatch, name):
 def test_a_name_under_which_arrays_would_be_lost_is_refused_before_the_training(tmp_path, name):
     with pytest.raises(UserError, match="cannot be kept in a folder"):
         Checkpoints(tmp_path / name / "checkpoints")
+    with pytest.raises(UserError, match="cannot be kept in a folder"), RunFolder.open(tmp_path / name, {}):
+        pass
     assert names(tmp_path) == set()
 
 

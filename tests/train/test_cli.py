@@ -178,9 +178,9 @@ class Places:
 
 
 def test_home_is_known_to_every_flag(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/me")
     monkeypatch.setattr(cli, "prepare_process", lambda *_: None)
-    places = Places(RunOptions(Path("/home/me/x")), Path("/home/me/y"), (Path("/home/me"), Path("z~")))
+    places = Places(RunOptions(Path("/me/x")), Path("/me/y"), (Path("/me"), Path("z~")))
     arguments = ["--run.run-dir=~/x", "--data", "~/y", "--more", "~", "z~"]
     assert choose_preset({"toy": ("", Places(RunOptions(Path("a"))))}, arguments) == places
     found = []
