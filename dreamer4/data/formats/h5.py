@@ -34,7 +34,7 @@ from jaxtyping import Bool, Int64, Shaped, UInt8
 from dreamer4.batch import ActionComponent, ActionSpace
 from dreamer4.data.formats.actions import as_component, find_component
 from dreamer4.data.formats.images import MAX_PIXELS
-from dreamer4.data.formats.names import is_hidden, natural_order, printable
+from dreamer4.data.formats.names import describe_ignored, is_hidden, natural_order, printable
 from dreamer4.data.ingest import Event, Footage, Frame, Lost, Recording
 from dreamer4.errors import UserError
 
@@ -53,7 +53,7 @@ DAMAGED = "frame that is damaged or was never written"
 
 @dataclasses.dataclass(frozen=True)
 class _Content:
-    """A file but for its frames, each array with a row per frame or per episode."""
+    """A file but for its frames, each array with a row per frame or per episode; ``ignored`` names what is not read."""
 
     path: Path
     shape: tuple[int, ...]
@@ -66,6 +66,7 @@ class _Content:
     ids: tuple[str, ...]
     labelled: Bool[np.ndarray, " E"]
     frame_rate: float
+    ignored: tuple[str, ...]
 
 
 def open_h5(source: Path) -> Footage:
@@ -95,7 +96,9 @@ def open_h5(source: Path) -> Footage:
                 )
             )
     names = {name: names for content in contents for name, names in content.action_names.items()}
-    return Footage(recordings, space, names, contents[0].frame_rate)
+    ignored = {printable(content.path.name): content.ignored for content in contents}
+    notes = tuple(describe_ignored(ignored, ", ".join(NAMES)))
+    return Footage(recordings, space, names, contents[0].frame_rate, notes)
 
 
 def import_h5py() -> Any:
@@ -169,6 +172,7 @@ def _read_content(path: Path) -> _Content:
             ids=_read_ids(path, file, len(ends)),
             labelled=_read_flags(path, file, "labelled", len(ends), default=True),
             frame_rate=_read_frame_rate(path, file),
+            ignored=tuple(name for name in sorted(file) if name not in NAMES),
         )
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Shaped
 from dreamer4.batch import ActionSpace
 from dreamer4.data.formats.actions import as_component, find_component
 from dreamer4.data.formats.images import MAX_PIXELS
-from dreamer4.data.formats.names import is_hidden, natural_order, printable
+from dreamer4.data.formats.names import describe_ignored, is_hidden, natural_order, printable
 from dreamer4.data.ingest import Event, Footage, Frame, Gap, Lost, Recording
 from dreamer4.errors import UserError
 
@@ -115,17 +115,9 @@ def open_npz(source: Path) -> Footage:
             frames, labelled = usual if error.frames is None else error.frames, False
             events = partial(iter, [Lost(printable(file.name), str(error), frames)])
         recordings.append(Recording(printable(file.stem), events, frames, labelled))
-    return Footage(recordings, components, notes=tuple(_notes(list(episodes.values()))))
-
-
-def _notes(episodes: list[_Episode]) -> Iterator[str]:
-    files: dict[tuple[str, ...], list[str]] = {}
-    for episode in episodes:
-        files.setdefault(episode.ignored, []).append(printable(episode.file.name))
-    for ignored, names in files.items():
-        if ignored:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            yield f"{names[0]}{more}: {', '.join(ignored)} ignored, which is none of the arrays that are read"
+    ignored = {printable(episode.file.name): episode.ignored for episode in episodes.values()}
+    expected = "video, action, reward, is_terminal, is_first and done"
+    return Footage(recordings, components, notes=tuple(describe_ignored(ignored, expected)))
 
 
 def _find_files(source: Path) -> list[Path]:

@@ -51,6 +51,15 @@ def shown(source):
     ]
 
 
+def test_what_is_ignored_is_named(tmp_path):
+    write(tmp_path / "a.h5")
+    assert open_h5(tmp_path / "a.h5").notes == ()
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["done"], file["timeouts"] = np.zeros(3), np.zeros(3)
+    (note,) = open_h5(tmp_path / "a.h5").notes
+    assert note.startswith("a.h5: ignored 'done', 'timeouts'; what is read is frames, actions")
+
+
 def test_files_that_macos_puts_beside_others_are_none(tmp_path):
     write(tmp_path / "a.h5")
     (tmp_path / "._a.h5").write_bytes(b"\0\5\x16\7")

@@ -138,7 +138,7 @@ def test_what_is_ignored_is_named(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / f"{name}.npz", action=np.arange(4), log_prob=np.zeros(4), infos=np.zeros(3))
     (note,) = open_npz(tmp_path).notes
-    assert note.startswith("a.npz and 1 more: infos, log_prob ignored")
+    assert note.startswith("a.npz and 1 more: ignored 'infos', 'log_prob'; what is read is video, action")
 
 
 @pytest.mark.parametrize(
