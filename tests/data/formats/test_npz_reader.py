@@ -128,9 +128,9 @@ def test_names_of_other_data_sets_are_taken_for_what_they_mean(tmp_path, termina
 
 @pytest.mark.parametrize("name", npz.ENDS)
 def test_an_end_that_may_be_a_time_limit_is_a_cut_and_not_terminal(tmp_path, name):
-    file = write(tmp_path / "a.npz", **{name: np.array([False, True, False, True])})
+    file = write(tmp_path / "a.npz", **{name: np.array([False, False, True, False])})
     events = events_of(file)["a"]
-    assert shown(events) == [0, 1, Gap("a.npz frame 2", "episode start"), 2, 3]
+    assert shown(events) == [0, 1, 2, Gap("a.npz frame 3", "episode start"), 3]
     assert not any(e.is_terminal for e in events if isinstance(e, Frame))
 
 
