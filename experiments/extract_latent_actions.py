@@ -21,7 +21,7 @@ from dreamer4.batch import space_to_json
 from dreamer4.calibration import figures_of, flatten_actions, is_discrete
 from dreamer4.config import at_least
 from dreamer4.data.columns import LATENT, Infer, LatentRecord, Latents, extract, read_latents
-from dreamer4.data.episodes import EpisodeStore, Split, split_of
+from dreamer4.data.episodes import EpisodeStore, Split
 from dreamer4.data.formats.images import to_gray
 from dreamer4.errors import UserError
 from dreamer4.metrics.control import (
@@ -128,7 +128,7 @@ def calibrate_data(store: EpisodeStore, latents: Latents) -> Calibration | None:
 
 def labelled_rows(store: EpisodeStore, split: Split) -> np.ndarray:
     """The rows of a split whose actions are known and led to something: all but each episode's first."""
-    episodes = [e for e in store.index.episodes if e.labelled and split_of(e.id) == split]
+    episodes = [e for e in store.index.episodes if e.labelled and e.split == split]
     return np.concatenate([np.zeros(0, int), *(np.arange(e.start + 1, e.start + e.length) for e in episodes)])
 
 
