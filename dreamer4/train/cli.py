@@ -171,7 +171,8 @@ def _run(run: Callable[[], Any]) -> None:
             jax.distributed.initialize()
         try:
             run()
-            sys.stdout.flush()  # while an error of it can still be told
+            if sys.stdout is not None:  # as where it was closed before the start
+                sys.stdout.flush()  # while an error of it can still be told
         except (RuntimeError, AssertionError, ValueError) as error:
             if (sentence := explain(error)) is None:
                 raise

@@ -69,8 +69,9 @@ def output_that_may_go() -> Iterator[None]:
         yield
     finally:
         for name, stream in before.items():
-            with contextlib.suppress(OSError):
-                getattr(sys, name).flush()
+            if (current := getattr(sys, name)) is not None:
+                with contextlib.suppress(OSError):
+                    current.flush()
             setattr(sys, name, stream)
 
 

@@ -245,6 +245,16 @@ def test_the_work_goes_on_when_whoever_read_its_output_has_gone(monkeypatch, nam
         assert getattr(sys, name) is stream
 
 
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_the_work_goes_on_where_an_output_was_closed_before_the_start(monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(sys, f"__{name}__", None)
+    monkeypatch.setattr(cli, "prepare_process", lambda *_: None)
+    done = []
+    main(lambda: done.append("work"))
+    assert done == ["work"]
+
+
 def test_a_disk_full_under_the_output_is_not_passed_over():
     with environment._Output("/dev/full", "w") as output, pytest.raises(OSError, match="No space left"):
         output.write(b"x")
