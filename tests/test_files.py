@@ -143,8 +143,8 @@ def test_a_path_is_the_same_by_any_way_to_it(tmp_path, monkeypatch):
         assert differences({"data": "data/x"}, {"data": other}) == []
     assert differences({"data": "data/x"}, {"data": "data/y"}) == ["data: 'data/x' there, 'data/y' asked for"]
     assert differences({"data": None}, {"data": "data/x"}) == ["data: None there, 'data/x' asked for"]
-    with RunFolder.open(tmp_path / "run", {"data": "data/x"}):
-        pass
+    with RunFolder.open(tmp_path / "run", {"data": "data/x"}) as run:
+        run.metrics_path.touch()  # which binds it
     with RunFolder.open(tmp_path / "run", {"data": str(tmp_path / "data" / "x")}):
         pass
 

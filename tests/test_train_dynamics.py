@@ -352,6 +352,7 @@ def test_data_of_other_actions_are_told_to_a_run_that_goes_on(train, first, tmp_
     data, run = write_store(tmp_path / "data", EPISODES), tmp_path / "run"
     command = ("debug", "--tokenizer", first.tokenizer, "--data", data, "--run-dir", run)
     train(*command)
+    (run / "metrics.jsonl").touch()  # it has begun
     shutil.rmtree(data)
     write_store(data, EPISODES, choices=4)
     sentence = refused(train, tmp_path, *command)

@@ -49,6 +49,8 @@ class RunFolder:
     def open(path: Path, config: dict[str, Any], compare: Compare = differences) -> Iterator["RunFolder"]:
         """Claims ``path`` for this process, as a new run or to go on with one of the same ``config`` (JSON).
 
+        A run that has neither metrics nor a checkpoint has not begun, and binds nobody.
+
         ``compare(saved, asked)`` returns a line for each field that may not differ and does. With several hosts the
         first alone claims and writes. Raises UserError where the folder cannot be written, is in use, holds a run of
         another configuration, or holds checkpoints whose configuration is lost, and where checkpoints could not be
@@ -68,8 +70,11 @@ class RunFolder:
             yield run
 
     def _bind(self, config: dict[str, Any], compare: Compare) -> None:
-        if not self.config_path.exists():
-            if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
+        saved = self.checkpoints.exists() and any(self.checkpoints.iterdir())
+        # A start that was refused after it was bound has left this folder, which exports and others' files have not.
+        refused = self.samples.is_dir() and not (saved or self.metrics_path.exists())
+        if refused or not self.config_path.exists():
+            if saved:
                 raise UserError(f"{self.path}: has checkpoints but no {self.config_path.name} to tell whose they are")
             write_atomically(self.config_path, json.dumps(config, indent=2) + "\n")
         elif lines := compare(_read_config(self.config_path), config):

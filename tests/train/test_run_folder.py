@@ -19,6 +19,11 @@ def hold(path: Path, ready) -> None:
         signal.pause()
 
 
+def begin(path: Path) -> None:
+    with RunFolder.open(path, CONFIG) as run:
+        run.metrics_path.touch()
+
+
 def test_a_new_run_writes_its_configuration_and_goes_on_with_the_same(tmp_path):
     for _ in range(2):
         with RunFolder.open(tmp_path / "runs" / "x", CONFIG) as run:
@@ -29,8 +34,7 @@ def test_a_new_run_writes_its_configuration_and_goes_on_with_the_same(tmp_path):
 
 
 def test_another_configuration_is_told_field_by_field(tmp_path):
-    with RunFolder.open(tmp_path, CONFIG):
-        pass
+    begin(tmp_path)
     other = {"preset": "toy", "train": {"batch_size": 16, "steps": 100, "betas": [0.9, 0.95]}}
     with pytest.raises(UserError) as error, RunFolder.open(tmp_path, other):
         pass
@@ -41,9 +45,24 @@ def test_another_configuration_is_told_field_by_field(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
 
 
+def test_a_start_that_was_refused_does_not_keep_the_next_one_out(tmp_path):
+    with pytest.raises(UserError, match="muon"), RunFolder.open(tmp_path, {"optimizer": "muon"}):
+        raise UserError("optimizer.name: muon found, adamw expected")
+    begin(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+    with pytest.raises(UserError, match="another configuration"):
+        RunFolder.open(tmp_path, {"optimizer": "muon"}).__enter__()
+
+
+def test_a_configuration_of_something_else_is_not_written_over(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="another configuration"):
+        RunFolder.open(tmp_path, CONFIG).__enter__()
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
 def test_the_caller_says_which_fields_may_differ(tmp_path):
-    with RunFolder.open(tmp_path, CONFIG):
-        pass
+    begin(tmp_path)
     with RunFolder.open(tmp_path, {"preset": "debug"}, compare=lambda old, new: []):
         pass
 
