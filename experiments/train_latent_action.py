@@ -53,7 +53,7 @@ class Config:
         if self.latent_action.quantizer == "fsq":
             found["weights.quantizer"] = "latent_action.quantizer is fsq, which has no loss"
         if not self.weights.changed:
-            found["weights.reach"] = "weights.changed is 0"
+            found |= dict.fromkeys(("weights.reach", "weights.noise"), "weights.changed is 0")
         if self.perceptual.net == "off":
             found |= dict.fromkeys(("perceptual.weights", "weights.perceptual"), "perceptual.net is off")
         return found
@@ -123,7 +123,7 @@ BREAKOUT_SMALL = dataclasses.replace(
         pair=PairConfig(channels=(32, 64, 128, 256, 256), frame_norm="none", odd=True, gated=True, unit=True),
         vq=VQConfig(entropy=0.0, reset_every=20),
     ),
-    weights=LatentActionWeights(changed=1.0, reach=2),
+    weights=LatentActionWeights(changed=1.0, reach=2, noise=4),
     optimizer=dataclasses.replace(TOY.optimizer, warmup_steps=100),
     train=dataclasses.replace(BREAKOUT.train, steps=2400, batch_size=16, eval_every=200, checkpoint_every=200),
 )
@@ -176,7 +176,7 @@ TINYWORLDS_PONG = dataclasses.replace(
         ),
         fsq=FSQConfig((2, 2, 2), rounding="symmetric"),
     ),
-    weights=LatentActionWeights(changed=1.0, reach=2),
+    weights=LatentActionWeights(changed=1.0, reach=2, noise=4),
     train=dataclasses.replace(TINYWORLDS.train, steps=20_000, batch_size=8, log_every=10, eval_every=100),
 )
 """``uv run experiments/train_latent_action.py tinyworlds-pong``: one of eight codes. Checked by its shapes

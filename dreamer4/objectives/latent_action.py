@@ -50,9 +50,9 @@ class LatentActionWeights:
     """Pixels round a changed one that count as changed too. With none, a blot where a small thing should be costs no
     more than nothing there; with many, the thing is again a small share of what is looked at."""
     perceptual: float = 0.2
-    noise: int = dataclasses.field(default=4, metadata=ADDED)
+    noise: int = dataclasses.field(default=0, metadata=ADDED)
     """Levels, of 255, by which a channel may differ without its pixel counting as changed: what cameras and codecs do
-    to a picture in which nothing happens. Games' colours are further apart than the default."""
+    to a picture in which nothing happens. Games' colours are further apart than 4."""
     warmup: float = 0.0
     """Share of the run in which vectors reach the decoder as they are; over as long again, codes take their place."""
 
