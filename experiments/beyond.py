@@ -82,7 +82,7 @@ def beyond(
     return figures | {"steps": {name: per_step(scores[name]) for name in ("dream", "copy")}}
 
 
-def told(figures: Mapping[str, Any]) -> str:
+def describe(figures: Mapping[str, Any]) -> str:
     """``beyond`` in a sentence."""
     parts = {
         "within": f"within the {figures['trained_frames']} frames of the longest training clip",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import report_latent_actions
 import tyro
-from beyond import beyond, dream_on, told, trained_frames
+from beyond import beyond, describe, dream_on, trained_frames
 from curves import draw_curves
 from dream_clips import begin, held_out, play, roller, scorer
 from rich.console import Console
@@ -29,13 +29,13 @@ from dreamer4.config import ADDED, at_least, refuse_unread, to_json
 from dreamer4.data.episodes import Split
 from dreamer4.dreamers import load, make_dreamer, most_steps, own_steps, static_steps, with_schedule
 from dreamer4.errors import UserError
+from dreamer4.files import write_atomically
 from dreamer4.models.patches import to_float
 from dreamer4.nn.perceptual import Net, Params, available, load_weights, lpips
 from dreamer4.rollout.evaluation import Horizon, Scores, film
 from dreamer4.rollout.unmask import Schedule
 from dreamer4.runs import KINDS, run_kind
 from dreamer4.train.cli import main, results_folder
-from dreamer4.train.run_folder import write_atomically
 from dreamer4.train.samples import write_gif
 
 # isort: split
@@ -96,6 +96,9 @@ def evaluate(options: Options) -> None:
         report_on_actions(options)
         return
     trained = load(options.run)
+    window = trained_frames(trained, options.run)
+    if options.beyond:  # 0 holds anywhere
+        refuse_unread(options, Options(), unread_beyond(horizon, window))
     if options.schedule is not None:
         trained = with_schedule(trained, options.schedule)
     steps = choose_steps(options.k, most_steps(trained, options.k))
@@ -128,12 +131,12 @@ def evaluate(options: Options) -> None:
     }
     report = settings | tabulate(scores, rates)
     Console().print(table(report))
-    if (window := trained_frames(trained, options.run)) is not None:
+    if window is not None:
         take = functools.partial(held_out, trained, options.run, options.data, options.split, options.clips)
         dream = functools.partial(dream_on, make(film_k), params, key=key, group=options.batch_size)
         if (further := beyond(scores[film_k], film_k, horizon, window, take, options.beyond, dream)) is not None:
             report |= {"beyond": further}
-            print(told(further))
+            print(describe(further))
     if (control := steer(make(film_k), params, clips, horizon, key, options.batch_size)) is not None:
         report |= {"control": control}
         print(f"NMI of the code held for {HELD} frames and where the dreamt square went: {control['nmi']:.2f}")
@@ -146,6 +149,15 @@ def evaluate(options: Options) -> None:
     write(out, finite(report), np.asarray(film(truth, jnp.asarray(dreams[film_k]))))
     if options.codes:
         follow(make(film_k), params, states, options.codes, out / "codes.gif")
+
+
+def unread_beyond(horizon: Horizon, window: int | None) -> dict[str, str]:
+    """See ``dreamer4.config.unread``."""
+    if window is None:
+        return {"beyond": "a model of pixels dreams, which looks back at one frame"}
+    if horizon.end > window:
+        return {"beyond": f"context and horizon go past the {window} frames of the longest training clip"}
+    return {}
 
 
 def report_on_actions(options: Options) -> None:

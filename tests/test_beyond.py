@@ -37,7 +37,7 @@ def test_figures_are_split_where_the_longest_training_clip_ends(scripts):
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-3)
     assert (found["trained_frames"], found["horizon"], found["k"]) == (5, 5, "4")
     assert found["steps"]["dream"]["psnr"] == pytest.approx([30, 30, 30, 20, 20], abs=1e-3)
-    assert scripts.beyond.told(found) == (
+    assert scripts.beyond.describe(found) == (
         "dream of 5 frames (K = 4): 30.00 dB within the 5 frames of the longest training clip (+20.00 over copy),"
         " 20.00 dB beyond (+10.00 over copy)"
     )
@@ -47,7 +47,7 @@ def test_all_is_beyond_where_the_context_fills_the_training_clips(scripts):
     found = scripts.beyond.beyond(scores_of([2, 2], [1, 1]), 1, Horizon(8, 2), 8, fail, 8, fail)
     assert found["psnr_beyond"] == pytest.approx(20, abs=1e-3)
     assert "psnr_within" not in found
-    assert "within" not in scripts.beyond.told(found)
+    assert "within" not in scripts.beyond.describe(found)
 
 
 @pytest.mark.parametrize("length", [3, 4])  # short of the end of the training clips, and to it

@@ -314,6 +314,7 @@ def test_a_run_that_is_missing_is_told(evaluate, tmp_path):
         (("--batch-size", "8"), "batch_size: 8"),
         (("--perceptual-net", "vgg"), "perceptual_net: vgg"),
         (("--schedule", "cosine"), "schedule: cosine"),
+        (("--beyond", "4"), "beyond: 4"),
     ],
 )
 def test_a_run_of_latent_actions_refuses_what_only_dreams_read(evaluate, tmp_path, arguments, found):
@@ -327,7 +328,7 @@ def test_each_option_is_read_for_dreams_or_for_latent_actions_or_refused(scripts
     """A field that is added must be put on one side."""
     fields = {f.name for f in dataclasses.fields(scripts.evaluate.Options)}
     assert fields == {"run", "data", "clips", "seed", "out"} | {
-        "context", "horizon", "k", "codes", "split", "perceptual_net", "batch_size", "schedule"
+        "context", "horizon", "k", "codes", "split", "perceptual_net", "batch_size", "schedule", "beyond"
     }  # fmt: skip
 
 
@@ -348,6 +349,15 @@ def test_codes_are_set_by_the_schedule_asked_for(scripts, evaluate, run_of, monk
 def test_a_schedule_is_refused_where_no_codes_are_set(evaluate, run_of, kind, made):
     sentence = refused(evaluate, run_of(kind), "--schedule", "halton")
     assert sentence == f"schedule: halton found, none expected: a world of {made} sets no codes"
+
+
+def test_frames_beyond_are_refused_where_nothing_more_is_dreamt(evaluate, run, run_of):
+    sentence = refused(evaluate, run_of("next_frame"), "--beyond", "32")
+    assert sentence.startswith("beyond: 32 found, but nothing reads it while a model of pixels dreams")
+    sentence = refused(evaluate, run, "--context", "2", "--horizon", "8", "--beyond", "32")
+    assert sentence == (
+        "beyond: 32 found, but nothing reads it while context and horizon go past the 6 frames of the longest training clip"
+    )
 
 
 def test_a_run_without_a_checkpoint_is_told(evaluate, tmp_path):
