@@ -35,7 +35,7 @@ from dreamer4.rollout.generate import encode
 from dreamer4.runs import TrainedTokenizer, load_tokenizer
 from dreamer4.train.checkpoint import Identity, adopt, find
 from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
-from dreamer4.train.fit import Source, TrainConfig, make_program
+from dreamer4.train.fit import NO_HISTOGRAMS, Source, TrainConfig, make_program
 from dreamer4.train.optimizer import OptimizerConfig
 
 # isort: split
@@ -75,7 +75,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig(eval_length=24)
     precision: Precision | None = dataclasses.field(default=None, metadata=ADDED)
-    """What all layers compute in; None for what each ``dtype`` says."""
+    """What all layers that are trained compute in; None for what each ``dtype`` says."""
 
     def __post_init__(self) -> None:
         at_least(0, self, "corpus")
@@ -86,7 +86,7 @@ class Config:
 
     def unread(self) -> dict[str, str]:
         """See ``dreamer4.config.unread``."""
-        found = unread_precisions(self) | unread_choices(self.data, self.tokenizer, self.actions)
+        found = unread_precisions(self) | NO_HISTOGRAMS | unread_choices(self.data, self.tokenizer, self.actions)
         if self.latent_deviation is not None:
             names = (f"dynamics.latent_{name}" for name in ("mean", "scale", "deviation"))
             found |= dict.fromkeys(names, "latent_deviation is given, for which they are measured")

@@ -35,7 +35,7 @@ from dreamer4.rollout.evaluation import Horizon
 from dreamer4.runs import TrainedVideoTokenizer, load_video_tokenizer
 from dreamer4.train.checkpoint import Identity, adopt, find
 from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
-from dreamer4.train.fit import Source, TrainConfig, make_program
+from dreamer4.train.fit import NO_HISTOGRAMS, Source, TrainConfig, make_program
 from dreamer4.train.optimizer import OptimizerConfig
 
 # isort: split
@@ -68,7 +68,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig(eval_length=24)
     precision: Precision | None = dataclasses.field(default=None, metadata=ADDED)
-    """What all layers compute in; None for what each ``dtype`` says."""
+    """What all layers that are trained compute in; None for what each ``dtype`` says."""
 
     def __post_init__(self) -> None:
         at_least(0, self, "corpus")
@@ -76,7 +76,7 @@ class Config:
 
     def unread(self) -> dict[str, str]:
         """See ``dreamer4.config.unread``."""
-        found = unread_precisions(self) | unread_choices(self.data, self.tokenizer, self.actions)
+        found = unread_precisions(self) | NO_HISTOGRAMS | unread_choices(self.data, self.tokenizer, self.actions)
         alone = self.maskgit.transformer.experts == 1
         return found | ({"masking.balance_weight": "maskgit.transformer.experts is 1"} if alone else {})
 

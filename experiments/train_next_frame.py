@@ -33,7 +33,7 @@ from dreamer4.objectives.next_frame import NextFrameLossConfig, NextFramePredict
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.runs import run_kind
 from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
-from dreamer4.train.fit import Source, TrainConfig, make_program
+from dreamer4.train.fit import NO_HISTOGRAMS, Source, TrainConfig, make_program
 from dreamer4.train.optimizer import OptimizerConfig
 from dreamer4.train.run_folder import RunFolder, set_aside
 
@@ -97,7 +97,7 @@ class Config:
 
     def unread(self) -> dict[str, str]:
         """See ``dreamer4.config.unread``."""
-        found = unread_precisions(self)
+        found = unread_precisions(self) | NO_HISTOGRAMS
         if is_data_set(self.data):
             found |= dict.fromkeys(("ingest", "log", "gap_seconds"), f"{self.data} is a data set, and no recording")
         if not self.loss.perceptual:

@@ -32,7 +32,7 @@ from dreamer4.nn.transformer import TransformerConfig
 from dreamer4.objectives.masked_autoencoding import MaskedAutoencoding, MaskingConfig, Perceptual
 from dreamer4.train.checkpoint import find
 from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
-from dreamer4.train.fit import Source, TrainConfig, make_program
+from dreamer4.train.fit import NO_HISTOGRAMS, Source, TrainConfig, make_program
 from dreamer4.train.optimizer import OptimizerConfig
 from dreamer4.train.run_folder import RunFolder
 
@@ -68,7 +68,7 @@ class Config:
 
     def unread(self) -> dict[str, str]:
         """See ``dreamer4.config.unread``."""
-        found = unread_precisions(self) | ({"toy": "data is given"} if self.data else {})
+        found = unread_precisions(self) | NO_HISTOGRAMS | ({"toy": "data is given"} if self.data else {})
         found |= {"video_tokenizer": "model is latents"} if self.model == "latents" else {"tokenizer": "model is codes"}
         if self.perceptual.net == "off":
             names = ("perceptual.weights", "masking.perceptual_weight", "masking.perceptual_share")

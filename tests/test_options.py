@@ -15,6 +15,7 @@ import pytest
 import noise_runs
 from dreamer4.config import leaves, refuse_unread, unread, with_precision
 from dreamer4.errors import UserError
+from dreamer4.objectives.maskgit import Sampling
 from dreamer4.train import cli
 from dreamer4.train.cli import choose_preset
 from option_walk import changed, figures, kinds, noise_perceptual, small, trained_with, unheard, values
@@ -40,6 +41,8 @@ LISTED = {
     "train.fsdp": "how many devices share a copy: the same numbers, and refused unless there are so many",
     "train.log_every": "which steps are written down",
     "train.eval_every": "at which steps the same figures are taken",
+    "train.histograms_every": "at which evaluations histograms are written down",
+    "train.pictures_every": "at which steps pictures are drawn",
     "train.checkpoint_every": "at which steps the state is saved",
     "train.keep": "how many checkpoints stay",
     "train.max_bad_steps": "when a run whose gradients are not finite ends",
@@ -236,6 +239,19 @@ def test_each_field_of_tinyworlds_reaches_a_stage(scripts, stores):
 @pytest.mark.parametrize(
     ("script", "preset", "path", "value", "why"),
     [
+        *(
+            (s, "toy", "train.histograms_every", 66_000, "its evaluation has no histograms")
+            for s in SCRIPTS
+            if "action" not in s
+        ),
+        ("train_latent_action", "toy", "train.histograms_every", 66_000, None),
+        (
+            "train_maskgit",
+            "toy",
+            "sampling",
+            Sampling(steps=1, schedule="cosine"),
+            None,
+        ),  # evaluate.py takes other steps
         ("train_tokenizer", "toy", "masking.perceptual_weight", 1.0, "perceptual.net is off"),
         ("train_tokenizer", "toy", "video_tokenizer.patch", 8, "model is latents"),
         ("train_tokenizer", "tinyworlds", "tokenizer.latents", 8, "model is codes"),
@@ -248,6 +264,8 @@ def test_each_field_of_tinyworlds_reaches_a_stage(scripts, stores):
         ("train_tokenizer", "toy", "tokenizer.transformer.experts_per_token", 1, "experts is 1"),
         ("train_dynamics", "toy", "dynamics.latent_scale", 2.0, "latent_deviation is given"),
         ("train_latent_action", "toy", "weights.reach", 1, "weights.changed is 0"),
+        ("train_latent_action", "toy", "weights.noise", 9, "weights.changed is 0"),
+        ("train_latent_action", "tinyworlds-pong", "weights.noise", 9, None),
         ("train_latent_action", "toy", "weights.perceptual", 1.0, "perceptual.net is off"),
         ("train_latent_action", "toy", "latent_action.sequence.patch", 8, "model is pair"),
         ("train_latent_action", "toy", "latent_action.vq.temperature", 1.0, "entropy is 0"),

@@ -33,7 +33,7 @@ class MaskedTokensConfig:
     mask_ratio: Literal["uniform", "cosine"] = "uniform"
     """Draw it evenly, or as the cosine schedule has it, more often near the upper end."""
     drafts: bool = False
-    """Tell every frame as a dream does: from frames before that are whole, each frame with a ratio of its own and all
+    """Tell every frame as a dream does: from unmasked frames before it, each frame with a ratio of its own and all
     of a clip at once, at twice the cost of a step. What follows is then not looked at."""
     whole: float = 0.0
     """Share of the frames, besides one of each clip, of which nothing is hidden."""
@@ -66,19 +66,16 @@ class MaskedTokensConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a dream sets its tokens; the fields are those of ``Unmasker``."""
+    """How a dream sets its tokens; the fields are those of ``Unmasker``.
+
+    Evaluation and play take other ``steps`` and schedules too, and then the rest from here: all of it is read.
+    """
 
     steps: int = 8
     schedule: Schedule = "exponential"
     temperature: float = 0.0
     noise: float = 0.0
     horizon: int = 1
-
-    def unread(self) -> dict[str, str]:
-        """See ``dreamer4.config.unread``."""
-        if self.steps == 1:
-            return dict.fromkeys(("schedule", "noise"), "steps is 1, which sets all tokens at once")
-        return {"noise": "schedule is halton"} if self.schedule == "halton" else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +101,7 @@ class MaskedTokens:
         if self.config.drafts and self.sampling.horizon > 1:
             raise UserError(
                 f"sampling.horizon: {self.sampling.horizon} frames at once found, 1 expected: with masking.drafts every"
-                " frame is learned from frames before it that are whole, never beside another new one; without drafts"
+                " frame is learned from unmasked frames before it, never beside another new one; without drafts"
                 " masking.horizon trains it"
             )
         _ = self.unmasker  # what does not fit each other says so here

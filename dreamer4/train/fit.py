@@ -68,9 +68,13 @@ class Source(Protocol):
         ...
 
 
+NO_HISTOGRAMS = {"train.histograms_every": "its evaluation has no histograms"}
+"""What nothing reads of a run whose evaluation gives numbers alone (``dreamer4.config.unread``)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length, batches and rhythm of a run."""
+    """Length, batches and intervals of a run."""
 
     steps: int = 10_000
     seed: int = 0
@@ -79,7 +83,7 @@ class TrainConfig:
     clip_length: int = 16
     """Frames in a clip."""
     long_every: int = 0
-    """Every so-manieth batch has clips of ``long_length`` frames, as many frames in all; 0 for never."""
+    """Every n-th batch has clips of ``long_length`` frames, as many frames in all; 0 for never."""
     long_length: int = 64
     accumulate: int = 1
     """Parts in which a batch goes through the networks, one after another: less memory, the same step."""
