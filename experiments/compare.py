@@ -22,12 +22,13 @@ from dreamer4.config import at_least, to_json
 from dreamer4.data.episodes import Split
 from dreamer4.dreamers import KINDS, Trained, load, make_dreamer, own_steps
 from dreamer4.errors import UserError
+from dreamer4.files import write_atomically
 from dreamer4.models.patches import to_float
 from dreamer4.nn.counts import parameter_count
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.train.cli import main, results_folder
 from dreamer4.train.logging import read_metrics
-from dreamer4.train.run_folder import RunFolder, write_atomically
+from dreamer4.train.run_folder import RunFolder
 from dreamer4.train.samples import write_gif
 
 # isort: split

@@ -42,6 +42,7 @@ from dreamer4.data.gray import GraySource
 from dreamer4.data.loader import StoreSource
 from dreamer4.data.toy import ToyConfig, ToySource
 from dreamer4.errors import UserError
+from dreamer4.files import write_atomically
 from dreamer4.metrics.control import (
     CALIBRATION,
     Calibration,
@@ -56,7 +57,6 @@ from dreamer4.models.patches import to_float
 from dreamer4.runs import load_latent_action
 from dreamer4.train.checkpoint import find
 from dreamer4.train.cli import main, results_folder
-from dreamer4.train.run_folder import write_atomically
 
 # isort: split
 import jax  # (after dreamer4, which says how much XLA prints)

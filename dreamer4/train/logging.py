@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dreamer4.errors import UserError
-from dreamer4.train.run_folder import write_atomically
+from dreamer4.files import write_atomically
 
 MEMORY = ("device_memory", "device_memory_peak", "process_memory_peak")
 """What ``memory`` tells: the first two, or the last."""
