@@ -138,9 +138,9 @@ def test_what_changes_can_weigh_more_and_nothing_else_then_does(painted_loss):
     assert 0.1 < changed.mean() < 0.3
     error = np.square(np.asarray(painted) - np.asarray(batch.video[:, 1:], np.float32) / 255)
     gradient = jax.grad(painted_loss, has_aux=True)
-    (off, plain), (on, found) = jax.jit(
-        lambda p: [gradient(p, {"changed": x, "noise": 4}, batch) for x in (0.0, 0.5)]
-    )(painted)
+    (off, plain), (on, found) = jax.jit(lambda p: [gradient(p, {"changed": x, "noise": 4}, batch) for x in (0.0, 0.5)])(
+        painted
+    )
     assert "changed" not in plain
     assert float(found["mse"]) == pytest.approx(error.mean(), rel=1e-5)
     assert float(found["changed"]) == pytest.approx(error[changed].mean(), rel=1e-5)
