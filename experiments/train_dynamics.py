@@ -9,15 +9,14 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 import train_tokenizer
 import tyro
 from kept_corpus import FOLDER as CORPUS
-from kept_corpus import KeptCorpus, key_of
+from kept_corpus import KeptCorpus, key_of, prepare_world
 
 from dreamer4.batch import Batch, BatchSpec, space_to_json
-from dreamer4.calibration import keep_calibration
 from dreamer4.config import ADDED, Precision, at_least, to_json, unread_precisions, with_precision
 from dreamer4.data.latents import Encode, LatentSource, encode_corpus
 from dreamer4.data.loader import ActionChoice, StoreSource
@@ -33,7 +32,7 @@ from dreamer4.rollout.denoise import check_steps
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.rollout.generate import encode
 from dreamer4.runs import TrainedTokenizer, load_tokenizer
-from dreamer4.train.checkpoint import Identity, adopt, find
+from dreamer4.train.checkpoint import find
 from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
 from dreamer4.train.fit import NO_HISTOGRAMS, Source, TrainConfig, make_program
 from dreamer4.train.optimizer import OptimizerConfig
@@ -303,13 +302,6 @@ def make_objective(config: Config, tokenizer: Tokenizer, spec: BatchSpec) -> Sho
     )
 
 
-def corpus_key(config: Config, source: ToySource | StoreSource, tokenizer: Identity | None) -> dict[str, Any]:
-    """What the encoded corpus follows from, as JSON (``KeptCorpus``)."""
-    chosen = {"count": config.corpus or MEASURED_CLIPS, "time": max(time for _, time in config.train.shapes)}
-    chosen |= {"actions": config.actions, "label_fraction": config.label_fraction, "seed": config.train.seed}
-    return key_of(source, config.data, config.toy, tokenizer, **chosen)
-
-
 def measure(config: Config, corpus: Batch) -> DynamicsConfig:
     """The dynamics' configuration with the latents' mean and scale as measured on ``corpus``, to four digits."""
     if config.latent_deviation is None:
@@ -396,7 +388,7 @@ def train(config: Config) -> None:
     check_frames(tokenizer.model, source.spec, run_of_tokenizer)
     make_objective(config, tokenizer.model, source.spec)  # what does not fit should say so before the encoding
     origin = find(run_of_tokenizer, "best")
-    kept = KeptCorpus(config.run.run_dir / CORPUS, corpus_key(config, source, origin))
+    kept = KeptCorpus(config.run.run_dir / CORPUS, key_of(config, source, origin, config.corpus or MEASURED_CLIPS))
     config, feed = encode_data(config, source, tokenizer, kept)
     objective = make_objective(config, tokenizer.model, source.spec)
     resolved = to_json(dataclasses.replace(config, run=None))
@@ -404,15 +396,6 @@ def train(config: Config) -> None:
     resolved |= {"actions": space_to_json(source.spec.actions), "frame": tokenizer.config["frame"]}
     if isinstance(source, StoreSource) and source.latents:
         resolved |= {"latent_actions": to_json(source.latents.record)}
-    copy = config.run.run_dir / "tokenizer"
-
-    def prepare() -> None:
-        if run_of_tokenizer.resolve() != copy.resolve():
-            adopt(run_of_tokenizer, copy)
-        kept.keep()
-        if isinstance(source, StoreSource) and source.latents:
-            keep_calibration(source.latents.path, config.run.run_dir)
-
     train_in(
         config.run,
         resolved,
@@ -421,7 +404,7 @@ def train(config: Config) -> None:
         config.train,
         config.optimizer,
         frozen=tokenizer.params,
-        prepare=prepare,
+        prepare=lambda: prepare_world(config.run.run_dir, run_of_tokenizer, kept, source),
     )
 
 

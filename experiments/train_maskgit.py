@@ -9,16 +9,15 @@ run's folder then holds ``metrics.jsonl``, ``checkpoints/``, ``tokenizer/`` (a c
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import train_tokenizer
 import tyro
 from kept_corpus import FOLDER as CORPUS
-from kept_corpus import KeptCorpus, key_of
+from kept_corpus import KeptCorpus, key_of, prepare_world
 from train_dynamics import check_frames, unread_choices
 
 from dreamer4.batch import BatchSpec, space_to_json
-from dreamer4.calibration import keep_calibration
 from dreamer4.config import ADDED, Precision, at_least, to_json, unread_precisions, with_precision
 from dreamer4.data.episodes import read_index
 from dreamer4.data.latents import LatentSource, encode_corpus
@@ -33,7 +32,7 @@ from dreamer4.nn.transformer import TransformerConfig
 from dreamer4.objectives.maskgit import MaskedTokens, MaskedTokensConfig, Sampling
 from dreamer4.rollout.evaluation import Horizon
 from dreamer4.runs import TrainedVideoTokenizer, load_video_tokenizer
-from dreamer4.train.checkpoint import Identity, adopt, find
+from dreamer4.train.checkpoint import find
 from dreamer4.train.cli import RunOptions, choose_preset, main, train_in
 from dreamer4.train.fit import NO_HISTOGRAMS, Source, TrainConfig, make_program
 from dreamer4.train.optimizer import OptimizerConfig
@@ -219,13 +218,6 @@ def encode_data(
     return LatentSource(source, corpus, config.train.shapes, config.train.seed)
 
 
-def corpus_key(config: Config, source: ToySource | StoreSource, tokenizer: Identity | None) -> dict[str, Any]:
-    """What the encoded corpus follows from, as JSON (``KeptCorpus``)."""
-    chosen = {"count": config.corpus, "time": max(time for _, time in config.train.shapes)}
-    chosen |= {"actions": config.actions, "label_fraction": config.label_fraction, "seed": config.train.seed}
-    return key_of(source, config.data, config.toy, tokenizer, **chosen)
-
-
 def _codes(model: VideoTokenizer, params: PyTree, video: UInt8[Array, "B T H W C"]) -> Float[Array, "B T N D"]:
     return encode_video(model, params, to_float(video))[0].codes
 
@@ -275,19 +267,11 @@ def train(config: Config) -> None:
     objective = make_objective(config, tokenizer.model, source.spec)
     resolved = to_json(dataclasses.replace(config, run=None))
     checkpoint = find(origin, "best")
-    kept = KeptCorpus(config.run.run_dir / CORPUS, corpus_key(config, source, checkpoint))
+    kept = KeptCorpus(config.run.run_dir / CORPUS, key_of(config, source, checkpoint, config.corpus))
     resolved |= {"tokenizer_checkpoint": to_json(checkpoint), "tokenizer": to_json(tokenizer.model.config)}
     resolved |= {"actions": space_to_json(source.spec.actions), "frame": tokenizer.config["frame"]}
     if isinstance(source, StoreSource) and source.latents:
         resolved |= {"latent_actions": to_json(source.latents.record)}
-
-    def prepare() -> None:
-        if origin.resolve() != copy.resolve():
-            adopt(origin, copy)
-        kept.keep()
-        if isinstance(source, StoreSource) and source.latents:
-            keep_calibration(source.latents.path, config.run.run_dir)
-
     train_in(
         config.run,
         resolved,
@@ -296,7 +280,7 @@ def train(config: Config) -> None:
         config.train,
         config.optimizer,
         frozen=tokenizer.params,
-        prepare=prepare,
+        prepare=lambda: prepare_world(config.run.run_dir, origin, kept, source),
     )
 
 

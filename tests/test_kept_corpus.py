@@ -1,5 +1,6 @@
 import dataclasses
 import importlib
+import shutil
 from pathlib import Path
 
 import jax
@@ -60,6 +61,32 @@ def test_what_was_kept_is_read_and_not_made_again(kept):
     assert [path.stat().st_mtime_ns for path in again.folder.rglob("*")] == before
 
 
+def test_what_was_read_is_kept_again_where_the_run_is_set_aside(kept):
+    first = kept()
+    first.get(make_corpus)
+    first.keep()
+    again = kept()
+    again.get(fail)
+    first.folder.rename(first.folder.with_name("corpus.1"))
+    again.keep()
+    assert_same(kept().get(fail), make_corpus())
+
+
+def test_files_that_vanish_while_they_are_read_are_made_anew(kept, scripts, monkeypatch):
+    first = kept()
+    first.get(make_corpus)
+    first.keep()
+    verify = scripts["kept_corpus"].verify
+
+    def vanish(folder):
+        manifest = verify(folder)
+        shutil.rmtree(folder)
+        return manifest
+
+    monkeypatch.setattr(scripts["kept_corpus"], "verify", vanish)
+    assert_same(kept().get(lambda: make_corpus(1)), make_corpus(1))
+
+
 def test_a_corpus_of_something_else_is_made_anew_and_replaced(kept):
     first, other = kept(), kept(count=5)
     first.get(make_corpus)
@@ -103,22 +130,25 @@ def test_a_full_disk_ends_nothing(kept, monkeypatch, capsys):
 @pytest.mark.parametrize("script", ["train_dynamics", "train_maskgit"])
 def test_the_key_follows_all_that_the_corpus_follows(scripts, tmp_path, script):
     """The tokenizer, the data, which of its actions, and how much of it, how long."""
-    script = scripts[script]
+    script, key_of = scripts[script], scripts["kept_corpus"].key_of
     config = dataclasses.replace(script.DEBUG, data=write_store(tmp_path / "data", dict.fromkeys(ids_of("train"), 12)))
     train = config.train
 
     def key(config, tokenizer=TOKENIZER):
         source = StoreSource(config.data, config.train.shapes, 0, actions=config.actions)
-        return script.corpus_key(config, source, tokenizer)
+        return key_of(config, source, tokenizer, config.corpus)
 
     plain = key(config)
     assert plain == key(config)
     other = write_store(tmp_path / "other", dict.fromkeys(ids_of("train"), 13))
     add_latents(other)
+    repainted = write_store(tmp_path / "repainted", dict.fromkeys(ids_of("train"), 12), noise=True)
+    assert (repainted / "index.json").read_bytes() == (config.data / "index.json").read_bytes()
     latent = dataclasses.replace(config, data=other, actions="latent")
     changed = [
         key(config, Identity(3, "cd" * 32)),
         key(dataclasses.replace(config, data=other)),
+        key(dataclasses.replace(config, data=repainted)),
         key(latent),
         key(dataclasses.replace(config, corpus=7)),
         key(dataclasses.replace(config, label_fraction=0.5)),
@@ -134,7 +164,7 @@ def test_the_key_follows_all_that_the_corpus_follows(scripts, tmp_path, script):
     for world in (toy, dataclasses.replace(toy, toy=ToyConfig(16, 16, max_side=7))):
         for seed in (0, 1):
             seeded = dataclasses.replace(world, train=dataclasses.replace(train, seed=seed))
-            changed.append(script.corpus_key(seeded, script.make_source(seeded), TOKENIZER))
+            changed.append(key_of(seeded, script.make_source(seeded), TOKENIZER, seeded.corpus))
     keys = [plain, *changed]
     assert all(a != b for n, a in enumerate(keys) for b in keys[n + 1 :])
 
