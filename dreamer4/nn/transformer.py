@@ -43,7 +43,7 @@ class TransformerConfig:
     experts_per_token: int = 2
     """How many of several experts each token goes to."""
     time_every: int = 4
-    """Every so-manieth layer attends over time, the others over space. With 0 none does: no time step then sees
+    """Every n-th layer attends over time, the others over space. With 0 none does: no time step then sees
     another, as if each were a clip of its own, and there is no cache."""
     context: int = 192
     """Frames that attention over time reaches back to, the present one included. The longest training clips should fill

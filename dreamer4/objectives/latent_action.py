@@ -117,10 +117,10 @@ class LatentActionLearning:
         hardness = self._hardness(step)
         codes = vectors + hardness * (quantized.codes - vectors)  # the gradient is the vectors', whatever the hardness
 
-        def paint(video: Array, codes: Array, hidden: Array | None) -> tuple[Array, Seen]:
+        def decode_part(video: Array, codes: Array, hidden: Array | None) -> tuple[Array, Seen]:
             return decode(self.model, params, video, codes, hidden=hidden, train=True)
 
-        painted, more = in_parts(paint, parts)(video, codes, hidden)
+        painted, more = in_parts(decode_part, parts)(video, codes, hidden)
         error = jnp.square(painted - video[:, 1:])
         terms = {"mse": jnp.mean(error)}
         if self.weights.changed:

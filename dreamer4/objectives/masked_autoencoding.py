@@ -85,11 +85,11 @@ class MaskedAutoencoding:
         video = to_float(batch.video)
         masked = self.mask(mask_key, video.shape[:2], self.ceiling(step))
 
-        def paint(video: Array, masked: Array) -> tuple[Array, Array | None]:
+        def decode_part(video: Array, masked: Array) -> tuple[Array, Array | None]:
             painted, usage = self._paint(params, video, masked)
             return painted, None if usage is None else usage[None]
 
-        painted, usages = in_parts(paint, parts)(video, masked)
+        painted, usages = in_parts(decode_part, parts)(video, masked)
         usage = None if usages is None else usages.mean(0)
         terms = {"mse": jnp.mean(jnp.square(painted - video))}
         if self.perceptual is not None:

@@ -131,7 +131,8 @@ def others_of(count: int) -> Int[np.ndarray, " count"]:
     """
     if count < 2:
         raise UserError(
-            f"clips: {count} found, 2 or more expected, since each is compared with what another's would do"
+            f"clips (train.eval_clips in training): {count} found, 2 or more expected, since each is compared with what"
+            " another's would do"
         )
     return (np.arange(count) + count // 2) % count
 

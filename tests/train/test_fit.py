@@ -28,7 +28,7 @@ from dreamer4.train.run_folder import RunFolder
 # Half of the time of so many runs is to compile the same few programs.
 pytestmark = pytest.mark.usefixtures("kept_compilations")
 STEPS = 13
-# No two rhythms meet before the end, so that steps of each kind, and of none, are there to stop at.
+# No two intervals meet before the end, so that steps of each kind, and of none, are there to stop at.
 CONFIG = TrainConfig(
     steps=STEPS,
     batch_size=4,
@@ -477,7 +477,7 @@ class Listener:
         self.closed = True
 
 
-def test_histograms_and_pictures_have_rhythms_of_their_own(tmp_path, whole):
+def test_histograms_and_pictures_have_intervals_of_their_own(tmp_path, whole):
     class Viewer(Listener):
         def __init__(self):
             super().__init__()
