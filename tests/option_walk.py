@@ -97,7 +97,7 @@ class HandOver:
     def update(self) -> str:
         """The program of one update, of the optimizer alone."""
         params = self.start[1][0]
-        optimizer = make_optimizer(self.optimizer, self.train.steps)
+        optimizer = make_optimizer(self.optimizer, self.train.steps, len(self.source.shapes))
         state = jax.eval_shape(optimizer.init, params)
         given = {"obj_fn": lambda p: sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(p))}
         return trace(

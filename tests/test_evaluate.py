@@ -355,9 +355,7 @@ def test_frames_beyond_are_refused_where_nothing_more_is_dreamt(evaluate, run, r
     sentence = refused(evaluate, run_of("next_frame"), "--beyond", "32")
     assert sentence.startswith("beyond: 32 found, but nothing reads it while a model of pixels dreams")
     sentence = refused(evaluate, run, "--context", "2", "--horizon", "8", "--beyond", "32")
-    assert sentence == (
-        "beyond: 32 found, but nothing reads it while context and horizon go past the 6 frames of the longest training clip"
-    )
+    assert sentence.startswith("beyond: 32 found, but nothing reads it while context and horizon go past the 6 frames")
 
 
 def test_a_run_without_a_checkpoint_is_told(evaluate, tmp_path):
