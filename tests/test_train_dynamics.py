@@ -347,6 +347,13 @@ def test_actions_out_of_range_are_told(train, tmp_path, monkeypatch):
     assert sentence == f"{data}: action/action: 7 found, 0 to 4 expected"
 
 
+def test_the_objective_counts_the_steps_of_each_batch_shape(script):
+    config = script.TOY
+    assert len(config.train.shapes) == 3
+    objective = script.make_objective(config, script.untrained_tokenizer(config), script.make_source(config).spec)
+    assert objective.cycle == 3
+
+
 @pytest.mark.usefixtures("fitted")
 def test_data_of_other_actions_are_told_to_a_run_that_goes_on(train, first, tmp_path):
     data, run = write_store(tmp_path / "data", EPISODES), tmp_path / "run"
