@@ -256,7 +256,7 @@ def test_a_horizon_beyond_the_clips_is_told():
 
 def test_a_lone_clip_has_no_other_to_take_actions_from():
     alone = jax.tree.map(lambda x: x[:1], CLIPS)
-    with pytest.raises(UserError, match="clips: 1 found, 2 or more expected"):
+    with pytest.raises(UserError, match=r"clips \(train\.eval_clips in training\): 1 found, 2 or more expected"):
         scored(stand_still, alone)
     assert scored(stand_still, alone, videos=("dream",))["dream"]["mse"].shape == (HORIZON.length,)
 
