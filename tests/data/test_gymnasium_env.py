@@ -294,7 +294,9 @@ def test_an_unknown_id_is_named(env_id):
         GymPlayer(env_id, GymConfig())
 
 
-def test_a_game_of_ales_is_told_of_its_own_command():
+def test_a_game_of_ales_is_told_of_its_own_command(monkeypatch):
+    for known in [name for name in gymnasium.registry if name.startswith("ALE/")]:  # if another test imported ale_py
+        monkeypatch.delitem(gymnasium.registry, known)
     with pytest.raises(UserError, match=r"`record.py atari --game Pong` plays it.*and gym:ale_py:ALE/Pong-v5 as any"):
         GymPlayer("ALE/Pong-v5", GymConfig())
 

@@ -574,6 +574,7 @@ def test_hello_tells_of_the_world(game):
         "title": "noise",
         "kind": "next_frame",
         "trained_on": "",
+        "calibration": None,
         "parameters": 0,
         "training_step": 3,
         "frame": [16, 16, 3],
