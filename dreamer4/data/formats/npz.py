@@ -5,6 +5,7 @@ before its first frame is handed out, and the frames are then read one by one, s
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import struct
@@ -12,7 +13,7 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,8 @@ REWARD = ("reward", "rewards")
 TERMINAL = ("is_terminal", "terminal", "terminals", "terminated")
 # Ends of any kind, a time limit's too: what comes after such a frame does not follow it.
 ENDS = ("is_last", "done", "dones", "timeouts", "truncated")
-READ = (*VIDEO, *ACTION, *REWARD, *TERMINAL, *ENDS, "is_first")
+FIRST = ("is_first",)
+OWN = (ACTION[0], REWARD[0], TERMINAL[0], *FIRST)  # which must fit; an array of another name that does not is ignored
 MAX_VIDEO_BYTES = 2**36  # an archive that declares more is refused: it would keep the disk busy for hours
 MAX_LABEL_BYTES = 2**28  # of an array beside the video; these are in memory
 DEFLATE_RATIO = 1032  # the most bytes that one of a deflated archive can stand for
@@ -87,9 +89,10 @@ def open_npz(source: Path) -> Footage:
     ``video`` (or ``frames`` or ``image``) is uint8 (T, H, W, C), of 1 or 3 channels, or (T, H, W). Optional are
     ``action`` (T,) or (T, A), or instead several components ``action/NAME``; ``reward`` (T,); ``is_terminal`` (T,) of
     truth values; ``is_first`` (T,), true where a frame does not follow the one before it, and ``done`` (T,), true where
-    the next one does not. ``ACTION``, ``REWARD``, ``TERMINAL`` and ``ENDS`` are the names that each may have. All are
-    aligned as in ``dreamer4.batch``. Other arrays are ignored, which ``notes`` say. Where some files have actions, the
-    others are not ``labelled``.
+    the next one does not. ``ACTION``, ``REWARD``, ``TERMINAL`` and ``ENDS`` are the names that each may have; of truth
+    values any of several is taken, of others the first. All are aligned as in ``dreamer4.batch``. Other arrays, and
+    those of names outside ``OWN`` that do not fit, are ignored, which ``notes`` say. Where some files have actions,
+    the others are not ``labelled``.
 
     All frames of a file are lost where it is damaged or declares more than it holds; they count as many as it declares
     or, where that is not to be known, as the median of the other files has. Raises UserError where there is no such
@@ -154,17 +157,17 @@ def _read_episode(file: Path) -> _Episode:
             video, frame = archive.video()
             frames = video.shape[0]
             with np.errstate(over="ignore"):
-                reward = archive.labels(archive.find(REWARD), frames, "biuf").astype(np.float32)
-            ends = archive.truths(archive.find(ENDS), frames)
-            is_first = archive.truths("is_first", frames)
+                reward = archive.rewards(frames).astype(np.float32)
+            ends = archive.truths(ENDS, frames)
+            is_first = archive.truths(FIRST, frames)
             is_first[1:] |= ends[:-1]
             return _Episode(
                 file=file,
                 video=video,
                 frame=frame,
-                action={part: archive.labels(name, frames) for part, name in archive.action_names().items()},
+                action=archive.actions(frames),
                 reward=reward,
-                is_terminal=archive.truths(archive.find(TERMINAL), frames),
+                is_terminal=archive.truths(TERMINAL, frames),
                 is_first=is_first,
                 ignored=archive.ignored(),
             )
@@ -184,6 +187,7 @@ class _Archive:
         self._file = file
         self._archive = archive
         self._members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        self._read: set[str] = set()
         if len(self._members) < len(archive.infolist()):
             raise _UnusableError("damaged file")
         size = file.stat().st_size
@@ -201,6 +205,7 @@ class _Archive:
         if len(names) != 1:
             found = " and ".join(names) or ", ".join(sorted(self._members)[:8]) or "nothing"
             raise UserError(f"{self._file}: {found} found, expected one array {' or '.join(VIDEO)}")
+        self._read.add(names[0])
         video = self._header(names[0])
         frame = (*video.shape[1:], 1) if len(video.shape) == 3 else video.shape[1:]
         is_picture = len(video.shape) == 3 and video.shape[2] in (1, 3)  # of height, width and channels
@@ -214,44 +219,67 @@ class _Archive:
             raise _UnusableError("video without frames")
         return video, (frame[0], frame[1], frame[2])
 
-    def find(self, names: tuple[str, ...]) -> str:
-        """The one of some names for one thing that is there; the first where none is."""
-        found = [name for name in names if name in self._members]
-        if len(found) > 1:
-            raise UserError(f"{self._file}: {' and '.join(found)} found, expected one array {' or '.join(names)}")
-        return found[0] if found else names[0]
-
     def ignored(self) -> tuple[str, ...]:
-        return tuple(sorted(n for n in self._members if n not in READ and not n.startswith("action/")))
+        """The names of all that has not been read."""
+        return tuple(sorted(self._members.keys() - self._read))
 
-    def action_names(self) -> dict[str, str]:
+    def actions(self, frames: int) -> dict[str, Shaped[np.ndarray, "N ..."]]:
         """Arrays by component: ``action`` alone, or all ``action/NAME``."""
         parts = [name for name in self._members if name.startswith("action/")]
-        alone = self.find(ACTION)
-        if alone in self._members and parts:
-            raise UserError(f"{self._file}: {alone} and {parts[0]} found, expected action alone or parts of it alone")
+        if not parts:
+            found = self._fitting(ACTION, partial(self._choices, frames=frames))
+            return {"action": values for values in itertools.islice(found, 1)}
+        if "action" in self._members:
+            raise UserError(f"{self._file}: action and {parts[0]} found, expected action alone or parts of it alone")
         for name in parts:
             if not COMPONENT.fullmatch(name):
                 raise UserError(f"{self._file}: {name!r} found, expected action/NAME of letters, digits, _ and -")
-        return {"action": alone} if alone in self._members else {name.removeprefix("action/"): name for name in parts}
+        self._read.update(parts)
+        return {name.removeprefix("action/"): self._labels(name, frames) for name in parts}
 
-    def truths(self, name: str, frames: int) -> Bool[np.ndarray, " N"]:
-        """Truth values, or numbers 0 and 1, of each frame."""
-        values = self.labels(name, frames, "biuf", "bool (T,)")
-        if not ((values == 0) | (values == 1)).all():
+    def rewards(self, frames: int) -> Shaped[np.ndarray, " N"]:
+        """The reward of each frame, zero where none is told."""
+        return next(self._fitting(REWARD, partial(self._labels, frames=frames, kinds="biuf")), np.zeros(frames))
+
+    def truths(self, names: tuple[str, ...], frames: int) -> Bool[np.ndarray, " N"]:
+        """Whether any array of these names is true, for each frame."""
+        found = self._fitting(names, partial(self._truths, frames=frames))
+        return np.logical_or.reduce([np.zeros(frames, bool), *found])
+
+    def _fitting(self, names: tuple[str, ...], read: Callable[[str], np.ndarray]) -> Iterator[np.ndarray]:
+        """What ``read`` makes of those of the arrays that are there and fit."""
+        for name in names:
+            if name not in self._members:
+                continue
+            try:
+                values = read(name)
+            except UserError:
+                if name in OWN:
+                    raise
+                continue
+            self._read.add(name)
+            yield values
+
+    def _choices(self, name: str, frames: int) -> Shaped[np.ndarray, "N ..."]:
+        values = self._labels(name, frames)
+        find_component({str(self._file): values}, name)
+        return values
+
+    def _truths(self, name: str, frames: int) -> Bool[np.ndarray, " N"]:
+        values = self._labels(name, frames, "biuf", "bool (T,)")
+        if values.dtype.kind == "f" and not ((values == 0) | (values == 1)).all():
             raise UserError(f"{self._file}: {name} has values beside 0 and 1")
         return values.astype(bool)
 
-    def labels(
+    def _labels(
         self, name: str, frames: int, kinds: str | None = None, expected: str = "numbers (T,)"
     ) -> Shaped[np.ndarray, "N ..."]:
-        """An array with a row for each frame, zeros where it is missing; (N,) of dtypes of ``kinds`` where given."""
-        if name not in self._members:
-            return np.zeros(frames, bool)
+        """An array with a row for each frame; (N,) of dtypes of ``kinds`` where given."""
         array = self._header(name)
-        fits = kinds is None or (len(array.shape) == 1 and array.dtype.kind in kinds)
+        if kinds is None:
+            expected = "numbers (T,) or (T, A)"
+        fits = array.dtype.kind in (kinds or "biuf") and len(array.shape) in ((1,) if kinds else (1, 2))
         if array.shape[:1] != (frames,) or not fits:
-            expected = expected if kinds else "numbers (T,) or (T, A)"
             raise UserError(
                 f"{self._file}: {name} is {array.dtype} {array.shape}, expected {expected}, T {frames} as in the video"
             )

@@ -134,6 +134,39 @@ def test_an_end_that_may_be_a_time_limit_is_a_cut_and_not_terminal(tmp_path, nam
     assert not any(e.is_terminal for e in events if isinstance(e, Frame))
 
 
+def test_ends_and_terminals_of_any_name_count_together(tmp_path):
+    ends = {"dones": np.array([0, 0, 1, 0]), "timeouts": np.array([1, 0, 0, 0], np.float32)}
+    terminals = {"is_terminal": np.array([0, 0, 255, 0], np.uint8), "terminated": np.array([0, 0, 0, 1])}
+    (recording,) = open_npz(write(tmp_path / "a.npz", **ends, **terminals)).recordings
+    events = list(recording.events())
+    assert [n for n in shown(events) if isinstance(n, int)] == [0, 1, 2, 3]
+    assert [e.name for e in events if isinstance(e, Gap)] == ["a.npz frame 1", "a.npz frame 3"]
+    assert [e.is_terminal for e in events if isinstance(e, Frame)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "name"),
+    [
+        ({"actions": np.arange(3)}, "actions"),
+        ({"actions": np.arange(4) - 1}, "actions"),
+        ({"actions": np.array(["a"] * 4)}, "actions"),
+        ({"actions": np.array([1, None, 2, 3])}, "actions"),
+        ({"action": np.arange(4), "actions": np.arange(4)}, "actions"),
+        ({"action/x": np.arange(4), "actions": np.arange(4)}, "actions"),
+        ({"reward": np.arange(4), "rewards": np.arange(4)}, "rewards"),
+        ({"rewards": np.zeros((4, 2))}, "rewards"),
+        ({"done": np.full(4, 0.5)}, "done"),
+        ({"terminals": np.zeros(3)}, "terminals"),
+    ],
+)
+def test_what_does_not_fit_under_another_name_or_comes_twice_is_ignored_by_name(tmp_path, arrays, name):
+    footage = open_npz(write(tmp_path / "a.npz", **arrays))
+    (note,) = footage.notes
+    assert note.startswith(f"a.npz: ignored {name!r}; what is read is")
+    assert shown(footage.recordings[0].events()) == [0, 1, 2, 3]
+    assert footage.recordings[0].labelled == any(name.startswith("action") and name != "actions" for name in arrays)
+
+
 def test_what_is_ignored_is_named(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / f"{name}.npz", action=np.arange(4), log_prob=np.zeros(4), infos=np.zeros(3))
@@ -144,9 +177,6 @@ def test_what_is_ignored_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"action": np.arange(4), "actions": np.arange(4)}, "action and actions found, expected one array"),
-        ({"done": np.array([0, 2, 0, 1])}, "done has values beside 0 and 1"),
-        ({"terminals": np.zeros(3)}, r"terminals is float64 \(3,\)"),
         ({"video": None}, "nothing found, expected one array video or frames or image"),
         ({"video": None, "vid": NOISE}, "vid found, expected one array video"),
         ({"frames": NOISE}, "video and frames found, expected one array"),
@@ -159,10 +189,10 @@ def test_what_is_ignored_is_named(tmp_path):
         ({"video": np.asfortranarray(NOISE)}, "video is in Fortran order, expected C order"),
         ({"video": np.array([NOISE, None], object)}, "video holds pickled objects"),
         ({"action": np.array([1, None, 2, 3])}, "action holds pickled objects"),
-        ({"action": np.array(["a"] * 4)}, "action is <U1 of shape"),
+        ({"action": np.array(["a"] * 4)}, r"action is <U1 \(4,\), expected numbers"),
         ({"action": np.arange(3)}, r"action is int64 \(3,\), expected numbers .* T 4 as in the video"),
         ({"action": np.int64(3)}, r"action is int64 \(\), expected"),
-        ({"action": np.zeros((4, 2, 2))}, r"action is float64 of shape \(4, 2, 2\)"),
+        ({"action": np.zeros((4, 2, 2))}, r"action is float64 \(4, 2, 2\), expected numbers"),
         ({"action": np.arange(4), "action/x": np.arange(4)}, "action and action/x found, expected action alone"),
         ({"action/../x": np.arange(4)}, "'action/../x' found, expected action/NAME of letters"),
         ({"reward": np.zeros((4, 1))}, r"reward is float64 \(4, 1\), expected numbers \(T,\)"),
