@@ -39,8 +39,8 @@ CONTROLS = "controls"
 MAX_LINE_BYTES = 2**20
 MAX_NAME_LENGTH = 4096
 MAX_SECONDS = 1e12  # 30,000 years; what is beyond is no time
-# The clocks, in the order of preference where as many lines tell each, and the seconds of their units.
 RARE = 0.05  # share of lines earlier than the one before, beyond which a log is in no order at all
+# The clocks, in the order of preference where as many lines tell each, and the seconds of their units.
 UNITS = {"timestamp": 1.0, "timestamp in ISO 8601": 1.0, "server_timestamp_ns": 1e-9}
 
 
