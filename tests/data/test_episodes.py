@@ -335,7 +335,7 @@ def test_an_id_is_taken_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../up", "", "a/b", ".", "a b"])
-def test_ids_of_columns_are_ids_of_folders(name):
+def test_names_of_columns_are_names_of_folders(name):
     with pytest.raises(UserError, match="it names a folder"):
         Schema(frame=(6, 4, 3), actions=(ActionComponent(name, "categorical", 2),))
     with pytest.raises(UserError, match="it names a folder"):
