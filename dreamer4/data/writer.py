@@ -114,7 +114,8 @@ class EpisodeWriter:
         """Deals the episodes added to a data set of fewer than ``FEW``: the first goes to training and the next one to
         validation, unless such are there. Those that were there before, and all of a larger one, stay where they are.
 
-        What comes later has no say in it, so that adding episodes in two goes deals as adding them in one.
+        What comes later has no say in it: while the data set has fewer than ``FEW``, adding episodes in two goes deals as
+        adding them in one.
         """
         if len(self._episodes) >= FEW:
             return
