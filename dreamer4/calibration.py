@@ -1,7 +1,6 @@
 """Real actions for a world that was trained on latent ones: through a table of codes, which the run keeps."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from dreamer4.batch import ActionComponent, ActionSpace
 from dreamer4.config import from_json
 from dreamer4.errors import UserError
+from dreamer4.files import write_atomically
 from dreamer4.metrics.control import CALIBRATION, Calibration, read_calibration
 
 Action = dict[str, Shaped[Array | np.ndarray, "..."]]
@@ -66,7 +66,8 @@ class ActionCodes:
     def null(self, lead: tuple[int, ...]) -> Action:
         """No action in particular: the most frequent code, and zeros for what is real."""
         zeros: Action = {c.name: np.zeros((*lead, *c.shape), c.dtype) for c in self.real}
-        return self._own(np.broadcast_to(np.asarray(self.fallback), (*lead, len(self.fallback))), zeros)
+        codes = jnp.asarray(self.fallback)
+        return self._own(jnp.broadcast_to(codes, (*lead, codes.shape[-1])), zeros)
 
     def _own(self, codes: Any, actions: Action) -> Action:
         latents = [c.name for c in self.model if c.inferred]
@@ -89,22 +90,23 @@ def is_discrete(space: ActionSpace) -> bool:
 
 
 def find_calibration(run: Path, config: Mapping[str, Any]) -> Calibration | None:
-    """The calibration that a run keeps for the latent actions that it follows; None if it has none.
+    """The calibration that a run keeps for the latent actions that it follows; None if it has none, or one of before,
+    which does not say what actions it is for.
 
     Raises UserError for one that is damaged or of another latent action model.
     """
     record = config.get("latent_actions")
     if record is None or not (run / CALIBRATION).exists():
         return None
-    return read_calibration(run / CALIBRATION, record["digest"])
+    made = read_calibration(run / CALIBRATION, record["digest"])
+    return made if made.space else None
 
 
 def keep_calibration(folder: Path, run: Path) -> None:
-    """Copies the calibration in ``folder``, if it has one, into that of a run which follows the same latent actions."""
-    if (folder / CALIBRATION).exists():
-        new = run / f"{CALIBRATION}.new"
-        shutil.copyfile(folder / CALIBRATION, new)
-        new.replace(run / CALIBRATION)
+    """Copies the calibration in ``folder``, if it has one, into that of a run which follows the same latent actions.
+    Of several hosts the first does."""
+    if jax.process_index() == 0 and (folder / CALIBRATION).exists():
+        write_atomically(run / CALIBRATION, (folder / CALIBRATION).read_text(encoding="utf-8"))
 
 
 def make_action_codes(calibration: Calibration, model: ActionSpace) -> ActionCodes:

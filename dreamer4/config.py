@@ -1,6 +1,7 @@
 """Configurations are frozen dataclasses; here they go to JSON, come back, and are compared."""
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -151,6 +152,10 @@ def _shown(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _is_path(text: str) -> bool:
+    return "/" in text or os.sep in text
+
+
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """The fields in which two JSON configs differ, one line each: ``name: old value, new value``. A path is the same
     whether it is relative or absolute."""
@@ -160,6 +165,6 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
             path = f"{where}.{name}" if where else name
             lines += differences(old.get(name, "absent"), new.get(name, "absent"), path)
         return lines
-    if isinstance(old, str) and isinstance(new, str) and same_path(old, new):
+    if isinstance(old, str) and isinstance(new, str) and any(map(_is_path, (old, new))) and same_path(old, new):
         return []
     return [] if old == new else [f"{where}: {old!r} there, {new!r} asked for"]

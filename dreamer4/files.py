@@ -1,13 +1,20 @@
 """Paths as users give them, and what file systems differ in: locks, links, waiting for the disk, folders to rename."""
 
+import contextlib
 import errno
-import fcntl
 import logging
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from dreamer4.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # What network file systems answer to a request that they do not know, be it a lock or to sync a folder. EBADF: NFS
 # and CIFS lock and sync only what is open for writing, which a folder never is.
@@ -21,12 +28,20 @@ _UNSUPPORTED = {
     errno.EISDIR,
     errno.ENOTTY,
 }
-_FOUND_IN_EMPTY = {"lost+found"}  # of a new file system
+_FOUND_IN_EMPTY = {"lost+found", "System Volume Information"}  # of a new file system
 _PART = ".part"
 _log = logging.getLogger(__name__)
 
 
 # ----- paths -----
+
+
+def expanded(path: Path | str) -> Path:
+    """``path`` with the folder of the user in place of ``~``. Raises UserError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def same_path(a: str, b: str) -> bool:
@@ -38,8 +53,8 @@ def same_path(a: str, b: str) -> bool:
 
 
 def check_linked(path: Path, field: str) -> None:
-    """Raises UserError where ``path``, or a folder that it lies in, is a link to what is not there: ``exists`` takes it
-    for free, and what is made for it is lost in the end."""
+    """Raises UserError where ``path``, or a folder that it lies in, is a link to what is not there: ``Path.exists``
+    reports a dangling link as absent, so output written for it would be lost."""
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             raise UserError(f"{field}: {place} is a link to {place.readlink()}, which is not there")
@@ -84,19 +99,30 @@ def array_folder(path: Path) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Puts ``text`` at ``path`` so that a crash leaves either the old file or the new one whole."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def is_free(path: Path) -> bool:
-    """Whether a new folder may come to be at ``path``: where there is nothing, or an empty folder, such as a volume
-    that was just mounted. What an interrupted ``staging`` left there does not count."""
+def check_free(path: Path, taken: str) -> None:
+    """Raises UserError, with the sentence ``taken``, unless a new folder may come to be at ``path``: where there is
+    nothing, or an empty folder, such as a volume that was just mounted. What an interrupted ``staging`` left there, or
+    what the system keeps there, does not count. Half of what was being published is said, since it can be mended."""
     if not path.is_dir():
-        return not path.exists()
-    return all(entry.name in _FOUND_IN_EMPTY or entry.name == _PART for entry in path.iterdir())
+        if path.exists():
+            raise UserError(taken)
+        return
+    if all(entry.name in _FOUND_IN_EMPTY or entry.name.startswith(".") for entry in path.iterdir()):
+        return
+    part = path / _PART
+    if part.is_dir() and any(part.iterdir()):
+        raise UserError(
+            f"{path} holds a part of what a process was putting there when it was interrupted, and {part} the rest:"
+            f" move that up into {path} to have all of it, or remove both"
+        )
+    raise UserError(taken)
 
 
 def staging(path: Path) -> Path:
@@ -117,6 +143,46 @@ def publish(made: Path, path: Path, last: str) -> None:
     else:
         made.rename(path)
         sync(path.parent)
+
+
+def claim(folder: Path, shown: Path) -> int:
+    """Makes ``folder`` and takes its lock, which is held until the descriptor that it returns is closed.
+
+    Raises UserError, which names ``shown``, where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        lock(descriptor, shown)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{shown} is being written by another process: wait until it is done") from None
+    return descriptor
+
+
+def clear(folder: Path) -> None:
+    """Removes all that lies in ``folder``."""
+    for leftover in folder.iterdir():
+        shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, last: str) -> Iterator[Path]:
+    """An empty folder to fill, which appears at ``path`` at the end (see ``publish``) or, after an exception, not.
+
+    Raises UserError where another process is making it.
+    """
+    folder = staging(path)
+    descriptor = claim(folder, path)
+    try:
+        clear(folder)  # of what one that was killed has left
+        yield folder
+        publish(folder, path, last)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def sync(*paths: Path) -> None:
@@ -164,6 +230,9 @@ def lock(descriptor: int, path: Path) -> None:
 
     Raises BlockingIOError where another holds it. A file system that has no locks is said in a warning.
     """
+    if fcntl is None:
+        _log.warning("%s: this system has no locks, so see to it that no other process writes there", path)
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -25,6 +25,7 @@ from dreamer4.calibration import (
 from dreamer4.dreamers import Dreamer, State, Trained, frame_of, make_dreamer, own_steps
 from dreamer4.dreamers import load as load_trained
 from dreamer4.errors import UserError
+from dreamer4.files import expanded
 from dreamer4.metrics.control import Calibration
 from dreamer4.nn.counts import parameter_count
 from dreamer4.nn.shapes import shapes_repr
@@ -227,9 +228,9 @@ def load(
     damaged, for a K that its model cannot take, and for a calibration of other codes.
     """
     check_process()
-    trained = run if isinstance(run, Trained) else load_trained(Path(run).expanduser())
+    trained = run if isinstance(run, Trained) else load_trained(expanded(run))
     if calibration == "own":
-        calibration = None if isinstance(run, Trained) else find_calibration(Path(run).expanduser(), trained.config)
+        calibration = None if isinstance(run, Trained) else find_calibration(expanded(run), trained.config)
     codes = None if calibration is None else make_action_codes(calibration, trained.model.actions)
     data = trained.config.get("data")
     steps = own_steps(trained)

@@ -8,7 +8,6 @@ Nothing in it names a folder of this machine.
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,8 +17,7 @@ from steering import obedience
 from dreamer4.batch import ActionComponent
 from dreamer4.calibration import find_calibration, keep_calibration
 from dreamer4.dreamers import Trained, load
-from dreamer4.errors import UserError
-from dreamer4.files import check_linked, is_free, publish, staging
+from dreamer4.files import check_free, check_linked, new_folder
 from dreamer4.nn.counts import parameter_count
 from dreamer4.runs import KINDS, TrainedMaskGIT, TrainedNextFrame, load_tokenizer, load_video_tokenizer
 from dreamer4.train.cli import main
@@ -65,23 +63,16 @@ def export(options: Options) -> None:
     out = options.out
     check_linked(out, "out")
     place = out.resolve()
-    if not is_free(place):
-        raise UserError(f"out: {out} is there and not empty; name another folder")
+    check_free(place, f"out: {out} is there and not empty; name another folder")
     trained = load(options.run)
     calibration = find_calibration(options.run, trained.config)
     world = load_world(trained, calibration=calibration)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    folder = staging(place)
-    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
-    try:
+    with new_folder(place, last=MANIFEST) as folder:
         write_parameters(folder, trained, options.run)
         if calibration is not None:
             keep_calibration(options.run, folder)
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         (folder / "card.md").write_text(card(world, options, size), encoding="utf-8")
-        publish(folder, place, last=MANIFEST)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     print(f"{out}: {size / 1e6:.2f} MB of parameters; dreamer4.load({str(out)!r}) reads it")
 
 

@@ -24,6 +24,7 @@ from dreamer4.data.columns import LATENT, Infer, LatentRecord, Latents, extract,
 from dreamer4.data.episodes import EpisodeStore, Split
 from dreamer4.data.formats.images import to_gray
 from dreamer4.errors import UserError
+from dreamer4.files import write_atomically
 from dreamer4.metrics.control import (
     CALIBRATION,
     Calibration,
@@ -37,7 +38,6 @@ from dreamer4.models.patches import to_float
 from dreamer4.runs import TrainedLatentAction, load_latent_action
 from dreamer4.train.checkpoint import find
 from dreamer4.train.cli import main, progress_bar
-from dreamer4.train.run_folder import write_atomically
 
 # isort: split
 import jax  # (after dreamer4, which says how much XLA prints)
@@ -94,13 +94,26 @@ def write_calibration(store: EpisodeStore, model: Path) -> None:
     latents = read_latents(store)
     made = calibrate_data(store, latents)
     if made is None and (model / CALIBRATION).exists():
-        made = read_calibration(model / CALIBRATION, latents.record.digest)
+        made = read_own(model / CALIBRATION, latents.record.digest)
     if made is None:
         return
     path, text = store.path / LATENT / CALIBRATION, calibration_json(made)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_atomically(path, text)
     print(f"{path}: {figures_of(made)}")
+
+
+def read_own(path: Path, digest: str) -> Calibration | None:
+    """The model's own calibration; None, which is said, where it is of no use for the checkpoint ``digest``."""
+    try:
+        made = read_calibration(path, digest)
+    except UserError as error:
+        print(f"not copied: {error}")
+        return None
+    if not made.space:
+        print(f"not copied: {path}: made without the actions that it is for; run evaluate.py again")
+        return None
+    return made
 
 
 def calibrate_data(store: EpisodeStore, latents: Latents) -> Calibration | None:

@@ -23,8 +23,7 @@ from dreamer4.data.formats.recordings import digest_log, open_recordings
 from dreamer4.data.formats.video import open_video
 from dreamer4.data.ingest import Footage, IngestOptions, Report, TooMuchDroppedError, ingest
 from dreamer4.data.inspection import describe_missing_splits
-from dreamer4.errors import UserError
-from dreamer4.files import check_linked, is_free
+from dreamer4.files import check_free, check_linked
 from dreamer4.train.cli import main as run_main
 from dreamer4.train.cli import progress_bar
 
@@ -102,8 +101,9 @@ FORMATS: dict[str, type[Options]] = {"png": Png, "jsonl": Jsonl, "h5": H5, "vide
 def main(options: Options) -> None:
     """Ingests what ``options`` name. Raises UserError for what the user can put right."""
     check_linked(options.out, "out")
-    if not options.ingest.append and not is_free(options.out.resolve()):
-        raise UserError(f"out: {options.out} already exists: give another name, add to it with --append, or remove it")
+    if not options.ingest.append:
+        taken = f"out: {options.out} already exists: give another name, add to it with --append, or remove it"
+        check_free(options.out.resolve(), taken)
     source = source_of(options)
     footage = options.open()
     total = sum(recording.frames for recording in footage.recordings)

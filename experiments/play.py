@@ -152,9 +152,10 @@ def say_calibration(world: World, trained: Trained, run: Path) -> None:
         print(f"{run / CALIBRATION}: {about.calibration}", flush=True)
     elif any(c.inferred for c in about.actions):
         data = trained.config["data"]
+        told = " that says what actions it is for" if (run / CALIBRATION).exists() else ""
         print(
-            f"there is no {run / CALIBRATION}, so that latent codes are played, not real actions: for one run"
-            f" extract_latent_actions.py again, with the same --model and --data {data}, and copy"
+            f"there is no {run / CALIBRATION}{told}, so that latent codes are played, not real"
+            f" actions: for one run extract_latent_actions.py again, with the same --model and --data {data}, and copy"
             f" {Path(data) / LATENT / CALIBRATION} there",
             file=sys.stderr,
         )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dreamer4.batch import ActionComponent
-from dreamer4.calibration import figures_of, find_calibration, flatten_actions, make_action_codes
+from dreamer4.calibration import figures_of, find_calibration, flatten_actions, keep_calibration, make_action_codes
 from dreamer4.data.columns import LatentRecord, extract
 from dreamer4.data.episodes import Episode, EpisodeStore, Schema
 from dreamer4.data.writer import EpisodeWriter
@@ -118,6 +118,33 @@ def test_data_without_actions_takes_the_calibration_of_the_model(scripts, data, 
         assert (store.path / "latent" / CALIBRATION).read_text() == (data / "latent" / CALIBRATION).read_text()
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"space": []}, "made without the actions that it is for"),
+        ({"model": "cd" * 32}, "made for the checkpoint cdcd"),
+    ],
+)
+def test_a_calibration_of_the_model_that_is_of_no_use_is_not_copied(scripts, data, tmp_path, capsys, change, reason):
+    store = EpisodeStore(write_data(tmp_path / "none", actions=False))
+    content = json.loads((data / "latent" / CALIBRATION).read_text())
+    (tmp_path / CALIBRATION).write_text(json.dumps(content | change))
+    scripts["extract_latent_actions"].write_calibration(store, tmp_path)
+    assert not (store.path / "latent" / CALIBRATION).exists()
+    said = capsys.readouterr().out
+    assert said.startswith(f"not copied: {tmp_path / CALIBRATION}")
+    assert reason in said
+
+
+def test_one_host_keeps_the_calibration(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    keep_calibration(data / "latent", tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    keep_calibration(data / "latent", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [CALIBRATION]
+
+
 # ----- a world -----
 
 
@@ -223,6 +250,11 @@ def test_without_a_calibration_codes_are_played_and_it_is_said_how_to_get_one(sc
     said = capsys.readouterr().err
     assert f"there is no {old / CALIBRATION}, so that latent codes are played" in said
     assert f"copy {data / 'latent' / CALIBRATION} there" in said
+    content = json.loads((data / "latent" / CALIBRATION).read_text())
+    (old / CALIBRATION).write_text(json.dumps(content | {"space": []}))  # as before they said it
+    assert len(load(old).describe().actions) == TOKENS
+    scripts["play"].say_calibration(world, trained, old)
+    assert f"there is no {old / CALIBRATION} that says what actions it is for, so that" in capsys.readouterr().err
     shutil.copy(data / "latent" / CALIBRATION, old)
     assert load(old).describe().actions == (KEY,)
 
@@ -248,6 +280,11 @@ def test_a_stick_gives_the_code_of_the_nearest_move_in_deviations():
     sticks = np.array([[-0.9, 0], [0.2, 0.1], [0.1, 900], [0.9, 300]], np.float32)
     own = jax.jit(lambda actions: codes.translate(actions))({"stick": sticks})
     assert own["latent_0"].tolist() == [4, 5, 6, 5]
+
+
+def test_no_action_may_be_traced():
+    codes = make_action_codes(table([[-1, 0], [1, 0]], [[4], [5]], (STICK,), discrete=False), (LATENT,))
+    assert jax.jit(lambda codes: codes.null((2,)))(codes)["latent_0"].tolist() == [5, 5]
 
 
 def test_components_are_looked_up_together_and_what_the_world_follows_itself_stays():

@@ -3,7 +3,11 @@
 import errno
 import fcntl
 import os
+import shutil
 import stat
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import h5py
@@ -19,8 +23,9 @@ from dreamer4.data.formats.h5_export import write_h5
 from dreamer4.data.toy_recordings import write_toy_recordings
 from dreamer4.data.writer import EpisodeWriter
 from dreamer4.errors import UserError
-from dreamer4.files import check_new_file, publish, staging, sync
+from dreamer4.files import check_new_file, check_writable, new_folder, publish, staging, sync
 from dreamer4.train.run_folder import RunFolder
+from dreamer4.world import load
 from stores import add_latents, write_store
 
 
@@ -65,6 +70,27 @@ def test_a_lock_that_another_holds_is_no_lack_of_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", held)
     with pytest.raises(UserError, match="being written by another process"):
         write_store(tmp_path / "store", {"a": 2})
+
+
+def test_a_system_without_locks_writes_with_a_warning(tmp_path):
+    code = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "from dreamer4.data.episodes import Schema\n"
+        "from dreamer4.files import lock, new_folder\n"
+        "with new_folder(__import__('pathlib').Path(sys.argv[1]), 'a') as made: (made / 'a').touch()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True, check=True)
+    assert "x: this system has no locks" in done.stderr
+    assert (tmp_path / "x" / "a").exists()
+
+
+def test_a_folder_is_made_by_one_process_at_a_time(tmp_path):
+    with new_folder(tmp_path / "x", "a") as made:
+        (made / "a").touch()
+        with pytest.raises(UserError, match="x is being written by another process"), new_folder(tmp_path / "x", "a"):
+            pass
+        assert (made / "a").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "a"]
 
 
 def test_where_folders_cannot_be_synced_a_data_set_is_written_with_a_warning(tmp_path, folder_sync, caplog):
@@ -135,6 +161,23 @@ def test_home_is_known(tmp_path, monkeypatch):
     assert EpisodeStore("~/store").index.frames == 3
 
 
+@pytest.mark.parametrize(
+    "use",
+    [load, EpisodeStore, lambda path: EpisodeWriter(path, Schema((4, 4, 3), ()), {})],
+    ids=["load", "read", "write"],
+)
+def test_the_home_of_nobody_is_said(use):
+    with pytest.raises(UserError, match="~nosuchuser/x: .*home directory"):
+        use("~nosuchuser/x")
+
+
+def test_words_are_no_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").symlink_to("large")
+    assert differences({"size": "small"}, {"size": "large"}) == ["size: 'small' there, 'large' asked for"]
+    assert differences({"size": "./small"}, {"size": "large"}) == []
+
+
 def test_a_path_is_the_same_by_any_way_to_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "q").mkdir()
@@ -184,11 +227,47 @@ def test_a_file_that_cannot_be_written_is_found_out_before_the_work(tmp_path):
         check_new_file(tmp_path / "nowhere" / "new.json", "json")
 
 
+def test_what_the_system_does_not_let_write_is_found_out_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "old.json").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path).name != "old.json")
+    with pytest.raises(UserError, match=r"json: .*old\.json cannot be written"):
+        check_new_file(tmp_path / "old.json", "json")
+    check_new_file(tmp_path / "new.json", "json")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match=r"json: .*new\.json cannot be written"):
+        check_new_file(tmp_path / "new.json", "json")
+
+
+def test_a_folder_that_takes_nothing_is_found_out_whatever_it_says_of_itself(tmp_path, monkeypatch):
+    check_writable(tmp_path / "a" / "b")
+    assert not list((tmp_path / "a" / "b").iterdir())
+
+    def refuse(dir):
+        raise OSError(errno.EROFS, f"nothing in {dir.name}")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match="nothing in b"):
+        check_writable(tmp_path / "a" / "b")
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch):
+    def iterdir(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UserError, match="cannot write .*: Permission denied; no data set was made"):
+        EpisodeWriter(tmp_path, Schema((4, 4, 3), ()), {})
+
+
+KEPT_BY_SYSTEMS = {"lost+found", "System Volume Information", ".Trashes"}
+
+
 @pytest.fixture
 def mounted(tmp_path, monkeypatch):
     """An empty folder that no folder can be renamed over, as a volume that was just mounted."""
     path = tmp_path / "volume"
-    (path / "lost+found").mkdir(parents=True)
+    for name in KEPT_BY_SYSTEMS:
+        (path / name).mkdir(parents=True)
     real = Path.rename
 
     def rename(self, target):
@@ -203,7 +282,7 @@ def mounted(tmp_path, monkeypatch):
 def test_a_data_set_is_made_in_a_folder_that_was_just_mounted(mounted):
     write_store(mounted, {"a": 12})
     assert EpisodeStore(mounted).index.frames == 12
-    assert {path.name for path in mounted.iterdir()} >= {"index.json", "video", "lost+found"}
+    assert {path.name for path in mounted.iterdir()} >= {"index.json", "video", *KEPT_BY_SYSTEMS}
     assert not (mounted / ".part").exists()
     with pytest.raises(UserError, match="already exists"):
         write_store(mounted, {"b": 2})
@@ -213,8 +292,34 @@ def test_what_fails_leaves_a_mounted_folder_empty_and_free(mounted):
     schema = Schema((4, 4, 3), ())
     with pytest.raises(UserError, match="no episode to write"), EpisodeWriter(mounted, schema, {}):
         pass
-    assert [path.name for path in mounted.iterdir()] == ["lost+found"]
+    assert {path.name for path in mounted.iterdir()} == KEPT_BY_SYSTEMS
     write_store(mounted, {"a": 2})
+
+
+def test_a_publish_that_was_killed_is_said_and_can_be_mended(mounted, monkeypatch):
+    real = Path.rename
+
+    def killed(self, target):
+        if self.name == "index.json":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nothing cleans up after a kill
+        with pytest.raises(KeyboardInterrupt):
+            write_store(mounted, {"a": 2})
+    part = mounted / ".part"
+    with pytest.raises(UserError, match=rf"interrupted, and {part} the rest: move that up into {mounted} to have"):
+        write_store(mounted, {"b": 2})
+    for path in part.iterdir():
+        path.rename(mounted / path.name)
+    assert EpisodeStore(mounted).index.frames == 2
+
+
+def test_a_toy_recording_is_made_in_a_folder_that_was_just_mounted(mounted):
+    write_toy_recordings(mounted, 2)
+    assert {path.name for path in mounted.iterdir()} == {*KEPT_BY_SYSTEMS, "frames", "recording_log.jsonl"}
 
 
 def test_the_index_appears_last_in_a_mounted_folder(mounted, monkeypatch):

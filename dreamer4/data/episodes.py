@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Shaped, UInt8
 
 from dreamer4.batch import ActionComponent, ActionSpace, Batch, check_actions, space_to_json
 from dreamer4.errors import UserError
-from dreamer4.files import array_folder, can_sync
+from dreamer4.files import array_folder, can_sync, expanded
 
 INDEX = "index.json"
 FORMAT = "dreamer4-episodes"
@@ -165,7 +165,7 @@ class EpisodeStore:
     """
 
     def __init__(self, path: Path | str, *, threads: int = 2):
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         self.index = read_index(self.path)
         limit = {"limit": threads}
         context = ts.Context({"data_copy_concurrency": limit, "file_io_concurrency": limit})

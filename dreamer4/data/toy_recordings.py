@@ -7,7 +7,6 @@ A folder as ``dreamer4.data.formats.recordings`` reads it. The stick is pushed b
 import functools
 import itertools
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from dreamer4.data.formats.images import to_gray
 from dreamer4.data.formats.recordings import LOG
 from dreamer4.data.toy import ToyConfig, make_clips, reset
 from dreamer4.errors import UserError
-from dreamer4.files import check_linked
+from dreamer4.files import check_free, check_linked, new_folder
 
 PICTURES = "frames"
 FRAME_RATE = 10.0
@@ -51,12 +50,10 @@ def write_toy_recordings(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: {seed} found, 0 to {2**32 - 1} expected")
     check_linked(folder, "data")
-    if folder.exists():
-        raise UserError(f"{folder} already exists: give another name, or remove it")
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a writer that was killed
-    try:
-        (part / PICTURES).mkdir(parents=True)
+    place = folder.resolve()
+    check_free(place, f"{folder} already exists: give another name, or remove it")
+    with new_folder(place, last=LOG) as part:
+        (part / PICTURES).mkdir()
         lines = []
         driven = itertools.islice(_drive(config, stretch, seed, looks), frames)
         for number, (image, controls) in enumerate(driven):
@@ -66,10 +63,6 @@ def write_toy_recordings(
             line = {"frame_filename": name, "controls": controls, "timestamp": round(seconds, 3)}
             lines.append(json.dumps(line) + "\n")
         (part / LOG).write_text("".join(lines), encoding="utf-8")
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def draw_looks(config: ToyConfig, looks: int, seed: int) -> Key[Array, " looks"]:

@@ -35,7 +35,7 @@ from dreamer4.data.episodes import (
     writing_context,
 )
 from dreamer4.errors import UserError
-from dreamer4.files import check_linked, is_free, lock, publish, staging, sync
+from dreamer4.files import check_free, check_linked, claim, clear, expanded, publish, staging, sync
 
 # A random window touches (chunk + window) frames on average, so short chunks read less; frames that resemble each other
 # compress better together. Measured on Breakout, windows of 16 frames of 210x160x3 from a warm cache with 1 / 2
@@ -61,15 +61,15 @@ class EpisodeWriter:
     """
 
     def __init__(self, path: Path | str, schema: Schema, source: dict[str, Any], *, append: bool = False):
-        self.path = Path(path).expanduser()
-        check_linked(self.path, "out")
-        self._place = self.path.resolve()
-        if not append and not is_free(self._place):
-            raise UserError(f"{self.path} already exists: give another name, append to it, or remove it")
+        self.path = expanded(path)
         self._append = append
-        self._folder = self._place if append else staging(self._place)
         self._schema = schema
         with self._disk_errors():
+            check_linked(self.path, "out")
+            self._place = self.path.resolve()
+            if not append:
+                check_free(self._place, f"{self.path} already exists: give another name, append to it, or remove it")
+            self._folder = self._place if append else staging(self._place)
             self._lock = self._prepare_folder()
         try:
             # Read under the lock: an append that has just ended must be seen.
@@ -114,8 +114,8 @@ class EpisodeWriter:
         """Deals the episodes added to a data set of fewer than ``FEW``: the first goes to training and the next one to
         validation, unless such are there. Those that were there before, and all of a larger one, stay where they are.
 
-        What comes later has no say in it: while the data set has fewer than ``FEW``, adding episodes in two goes deals as
-        adding them in one.
+        What comes later has no say in it: while the data set has fewer than ``FEW``, adding episodes in two goes deals
+        as adding them in one.
         """
         if len(self._episodes) >= FEW:
             return
@@ -141,16 +141,9 @@ class EpisodeWriter:
         """Makes the folder, takes its lock, clears what an earlier crash left, and returns the lock's descriptor."""
         if self._append:
             read_index(self.path)  # says what is wrong with the path before anything touches it
-        self._folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            lock(descriptor, self.path)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UserError(f"{self.path} is being written by another process: wait until it is done") from None
+        descriptor = claim(self._folder, self.path)
         if not self._append:
-            for leftover in self._folder.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            clear(self._folder)
         return descriptor
 
     def _open_columns(self) -> "dict[str, _ColumnWriter]":

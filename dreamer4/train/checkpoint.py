@@ -33,7 +33,6 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from dreamer4.errors import UserError
 from dreamer4.files import array_folder, sync, write_atomically
@@ -66,7 +65,7 @@ class Checkpoints:
         check_folder(folder)
         _go_on_without_locks()
         self._folder, self._keep = folder, keep
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False))
         # One thread: its queue is the order of the saves, and Python waits for it before it exits.
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -374,9 +373,15 @@ def _check_whole(state: Path, leaves: Iterable[str]) -> None:
 
 def _go_on_without_locks() -> None:
     """Has orbax neither lock its files nor wait for each to be on the disk, as some network file systems cannot: one
-    process owns the folder, and ``seal`` waits for all of them. Orbax has no option for it."""
+    process owns the folder, and ``seal`` waits for all of them. Orbax has no option for it; a version without what is
+    set here writes checkpoints all the same, where the file system can do both."""
     context = {"file_io_locking": {"mode": "none"}, "file_io_sync": jax.process_count() > 1}
-    tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT.update(context)
+    try:
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT.update(context)
+    except (ImportError, AttributeError) as error:
+        _log.warning("orbax locks and syncs its files, which not all network file systems can (%s)", error)
 
 
 # ----- the folder -----
@@ -409,17 +414,22 @@ def _read_best(best: Path) -> int | None:
 
 
 def _renew_best(folder: Path) -> None:
-    """Puts a file in the place of a link, or of the folder that a copy has made of one."""
+    """Puts a file in the place of a link, or of the folder that a copy has made of one. A folder that does not say of
+    which step it is may be the only copy of it, and is set aside."""
     best = folder / _BEST
     if not (best.is_symlink() or best.is_dir()):
         return
     step = _read_best(best)
-    if step is not None and not best.is_symlink() and not (folder / str(step)).exists():
-        _rename(best, folder / str(step))  # it alone was copied
-    else:
-        _remove(_rename(best, folder / f"{_TEMPORARY}{_BEST}"))
+    if not best.is_symlink():
+        if step is None:
+            _rename(best, _free_name(folder / f"{_BEST}{_DAMAGED}"))
+            return
+        if not (folder / str(step)).exists():
+            _rename(best, folder / str(step))  # it alone was copied
+        else:
+            _remove(_rename(best, folder / f"{_TEMPORARY}{_BEST}"))
     if step is not None:
-        write_atomically(best, f"{step}\n")
+        write_atomically(best, f"{step}\n")  # which replaces a link itself
 
 
 def _first_sound(folder: Path, which: Which, set_aside: bool) -> int:

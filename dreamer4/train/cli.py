@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dreamer4.config import refuse_unread
 from dreamer4.errors import UserError
-from dreamer4.files import check_linked, check_writable
+from dreamer4.files import check_linked, check_writable, expanded
 from dreamer4.train.environment import explain, output_that_may_go, prepare_process, write_environment
 from dreamer4.train.fit import Source, Stopped, TrainConfig, fit
 from dreamer4.train.logging import Sink, TensorBoard, WandB
@@ -48,9 +48,9 @@ def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primit
 
 def _expanded(word: str) -> Path:
     try:
-        return Path(word).expanduser()
-    except RuntimeError as error:  # no such user
-        raise ValueError(f"{word}: {error}") from None
+        return expanded(word)
+    except UserError as error:  # of which tyro knows nothing
+        raise ValueError(str(error)) from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ def is_exported(folder: Path) -> bool:
 
 def write_exported(folder: Path, params: PyTree, config: dict[str, Any], step: int) -> None:
     """Makes ``folder`` of nested dicts of arrays, the run's configuration (JSON) and the step of its checkpoint."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # In C order, which the format has and its writer does not see to.
     arrays = {name: np.array(leaf, order="C") for name, leaf in named_leaves(params).items()}

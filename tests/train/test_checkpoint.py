@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,32 @@ def test_the_best_of_older_runs_and_of_copies_is_read_and_renewed(scored, change
     assert best_step(scored) == 5
 
 
+def test_a_copied_best_that_does_not_say_its_step_is_set_aside(scored):
+    checkpoints = scored / "checkpoints"
+    as_folder(checkpoints / "best")
+    (checkpoints / "best" / "manifest.json").write_text("{")
+    shutil.rmtree(checkpoints / "1")
+    state = contents(checkpoints / "best")
+    save(checkpoints, 4, psnr={4: 20.0}, best="eval/psnr")
+    assert contents(checkpoints / "best.damaged") == state
+    assert best_step(scored) == 3
+
+
+def test_a_link_stays_until_the_file_is_there(scored, monkeypatch):
+    best = scored / "checkpoints" / "best"
+    as_link(best)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Checkpoints(best.parent)
+    assert best.is_symlink()
+    assert best_step(scored) == 1
+
+
 def test_a_copy_of_the_best_alone_becomes_its_step(scored):
     checkpoints = scored / "checkpoints"
     as_folder(checkpoints / "best")
@@ -345,6 +372,14 @@ def test_orbax_neither_locks_nor_syncs(tmp_path):
     context = tensorstore_utils.get_ts_context()
     assert context["file_io_locking"].to_json() == {"mode": "none"}
     assert context["file_io_sync"].to_json() is False
+
+
+def test_an_orbax_without_the_place_for_it_writes_with_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.delattr(tensorstore_utils, "_DEFAULT_OCDBT_TS_CONTEXT")
+    checkpoint._go_on_without_locks()
+    monkeypatch.setitem(sys.modules, tensorstore_utils.__name__, None)
+    checkpoint._go_on_without_locks()
+    assert caplog.text.count("orbax locks and syncs its files") == 2
 
 
 # ----- folders that arrays can be in -----

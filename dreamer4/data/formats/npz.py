@@ -5,7 +5,6 @@ before its first frame is handed out, and the frames are then read one by one, s
 """
 
 import dataclasses
-import itertools
 import math
 import re
 import struct
@@ -228,7 +227,7 @@ class _Archive:
         parts = [name for name in self._members if name.startswith("action/")]
         if not parts:
             found = self._fitting(ACTION, partial(self._choices, frames=frames))
-            return {"action": values for values in itertools.islice(found, 1)}
+            return dict(zip(["action"], found, strict=False))
         if "action" in self._members:
             raise UserError(f"{self._file}: action and {parts[0]} found, expected action alone or parts of it alone")
         for name in parts:
