@@ -2,10 +2,10 @@
 
 import errno
 import fcntl
+import importlib.util
 import os
 import shutil
 import stat
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 
+from dreamer4 import files
 from dreamer4.config import differences
 from dreamer4.data import episodes
 from dreamer4.data.columns import LATENT, read_record
@@ -72,15 +73,16 @@ def test_a_lock_that_another_holds_is_no_lack_of_locks(tmp_path, monkeypatch):
         write_store(tmp_path / "store", {"a": 2})
 
 
-def test_a_system_without_locks_writes_with_a_warning(tmp_path):
-    code = (
-        "import sys; sys.modules['fcntl'] = None\n"
-        "from dreamer4.data.episodes import Schema\n"
-        "from dreamer4.files import lock, new_folder\n"
-        "with new_folder(__import__('pathlib').Path(sys.argv[1]), 'a') as made: (made / 'a').touch()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True, check=True)
-    assert "x: this system has no locks" in done.stderr
+def test_a_system_without_locks_writes_with_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    spec = importlib.util.spec_from_file_location("files_elsewhere", files.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    elsewhere = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elsewhere)
+    with elsewhere.new_folder(tmp_path / "x", "a") as made:
+        (made / "a").touch()
+    assert "x: this system has no locks" in caplog.text
     assert (tmp_path / "x" / "a").exists()
 
 
@@ -167,7 +169,7 @@ def test_home_is_known(tmp_path, monkeypatch):
     ids=["load", "read", "write"],
 )
 def test_the_home_of_nobody_is_said(use):
-    with pytest.raises(UserError, match="~nosuchuser/x: .*home directory"):
+    with pytest.raises(UserError, match=r"~nosuchuser/x: .*home directory"):
         use("~nosuchuser/x")
 
 
@@ -255,7 +257,7 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    with pytest.raises(UserError, match="cannot write .*: Permission denied; no data set was made"):
+    with pytest.raises(UserError, match=r"cannot write .*Permission denied; no data set was made"):
         EpisodeWriter(tmp_path, Schema((4, 4, 3), ()), {})
 
 
@@ -315,11 +317,6 @@ def test_a_publish_that_was_killed_is_said_and_can_be_mended(mounted, monkeypatc
     for path in part.iterdir():
         path.rename(mounted / path.name)
     assert EpisodeStore(mounted).index.frames == 2
-
-
-def test_a_toy_recording_is_made_in_a_folder_that_was_just_mounted(mounted):
-    write_toy_recordings(mounted, 2)
-    assert {path.name for path in mounted.iterdir()} == {*KEPT_BY_SYSTEMS, "frames", "recording_log.jsonl"}
 
 
 def test_the_index_appears_last_in_a_mounted_folder(mounted, monkeypatch):

@@ -165,6 +165,13 @@ def test_a_writer_that_ends_early_leaves_no_folder(folder, tmp_path, monkeypatch
     assert bytes_of(tmp_path / "drive") == bytes_of(folder)
 
 
+def test_a_folder_that_was_just_mounted_is_filled(folder, tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    write_toy_recordings(tmp_path, 104, CONFIG, STRETCH)
+    assert {path.name for path in tmp_path.iterdir()} == {"lost+found", *(path.name for path in folder.iterdir())}
+    assert bytes_of(tmp_path) == bytes_of(folder)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
