@@ -118,22 +118,17 @@ def test_data_without_actions_takes_the_calibration_of_the_model(scripts, data, 
         assert (store.path / "latent" / CALIBRATION).read_text() == (data / "latent" / CALIBRATION).read_text()
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"space": []}, "made without the actions that it is for"),
-        ({"model": "cd" * 32}, "made for the checkpoint cdcd"),
-    ],
-)
-def test_a_calibration_of_the_model_that_is_of_no_use_is_not_copied(scripts, data, tmp_path, capsys, change, reason):
+def test_a_calibration_of_the_model_that_is_of_no_use_is_not_copied(scripts, data, tmp_path, capsys):
     store = EpisodeStore(write_data(tmp_path / "none", actions=False))
     content = json.loads((data / "latent" / CALIBRATION).read_text())
-    (tmp_path / CALIBRATION).write_text(json.dumps(content | change))
-    scripts["extract_latent_actions"].write_calibration(store, tmp_path)
-    assert not (store.path / "latent" / CALIBRATION).exists()
-    said = capsys.readouterr().out
-    assert said.startswith(f"not copied: {tmp_path / CALIBRATION}")
-    assert reason in said
+    useless = {"made without the actions": {"space": []}, "made for the checkpoint cdcd": {"model": "cd" * 32}}
+    for reason, change in useless.items():
+        (tmp_path / CALIBRATION).write_text(json.dumps(content | change))
+        scripts["extract_latent_actions"].write_calibration(store, tmp_path)
+        assert not (store.path / "latent" / CALIBRATION).exists()
+        said = capsys.readouterr().out
+        assert said.startswith(f"not copied: {tmp_path / CALIBRATION}")
+        assert reason in said
 
 
 def test_one_host_keeps_the_calibration(data, tmp_path, monkeypatch):
