@@ -91,6 +91,7 @@ def test_frames_in_colour_train_a_gray_model(train, script, tmp_path, monkeypatc
     seen = []
 
     def look(objective, source, config, optimizer, run, resolved, **_):
+        run.metrics_path.touch()  # it has begun
         seen.append((resolved["gray"], resolved["frame"], objective.model.channels))
         clips, sent = source.clips("validation", 2, 3), next(source.batches(0))
         params, carry = jax.eval_shape(objective.init, jax.random.key(0))
