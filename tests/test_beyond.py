@@ -95,6 +95,7 @@ def test_the_default_evaluation_of_the_presets_goes_beyond_the_longest_training_
         assert horizon.end >= window + 16
 
 
+@pytest.mark.slow
 def test_the_curves_mark_where_the_longest_training_clip_ends(scripts, tmp_path, monkeypatch):
     axes = pytest.importorskip("matplotlib.axes").Axes
     marked, plot = [], axes.plot

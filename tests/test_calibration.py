@@ -143,7 +143,7 @@ def test_one_host_keeps_the_calibration(data, tmp_path, monkeypatch):
 # ----- a world -----
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", [pytest.param(KINDS[0], marks=pytest.mark.slow), KINDS[1]])
 def test_every_kind_of_run_keeps_the_calibration(scripts, data, run_of, tmp_path, kind, monkeypatch):
     script, prepared = scripts[f"train_{kind}"], []
     monkeypatch.setattr(script, "train_in", lambda *_, prepare, **__: prepared.append(prepare()))

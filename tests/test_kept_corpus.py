@@ -169,7 +169,10 @@ def test_the_key_follows_all_that_the_corpus_follows(scripts, tmp_path, script):
     assert all(a != b for n, a in enumerate(keys) for b in keys[n + 1 :])
 
 
-@pytest.mark.parametrize(("kind", "tokenizer"), [("dynamics", "tokenizer"), ("maskgit", "video_tokenizer")])
+@pytest.mark.parametrize(
+    ("kind", "tokenizer"),
+    [pytest.param("dynamics", "tokenizer", marks=pytest.mark.slow), ("maskgit", "video_tokenizer")],
+)
 def test_a_run_that_goes_on_encodes_nothing_again(scripts, run_of, tmp_path, monkeypatch, kind, tokenizer):
     script, sources = scripts[f"train_{kind}"], []
 

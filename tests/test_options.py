@@ -169,7 +169,9 @@ def test_each_field_of_each_preset_has_another_value_or_stands_on_the_list(scrip
         assert all(listed(path) or values(path, value, types[path], others) for path, value in leaves(config).items())
 
 
-@pytest.mark.parametrize(("script", "part"), [("train_latent_action", ""), ("train_next_frame", "loss.")])
+@pytest.mark.parametrize(
+    ("script", "part"), [pytest.param("train_latent_action", "", marks=pytest.mark.slow), ("train_next_frame", "loss.")]
+)
 def test_each_weight_and_rate_is_read(scripts, begin, script, part):
     """The quickest of the walks; all others are slow."""
     base, others = begin(script, "debug")
