@@ -146,8 +146,9 @@ TOY = Config(
         eval_length=24,
     ),
 )
-"""``uv run experiments/train_dynamics.py``: 22.9 dB with K = 4 over 16 frames after 8, 6.3 dB above the last frame
-repeated and above other actions, after 6 min 55 s on two cores (EPYC), with the tokenizer there."""
+"""``uv run experiments/train_dynamics.py``: 22.4 dB with K = 4 over 16 frames after 8, 5.8 dB above the last frame
+repeated and above other actions (64 clips, one seed), after 20 minutes of one core (EPYC) beside other work, with the
+tokenizer there; two quiet cores took 6 min 55 s."""
 
 BUNDLED = dataclasses.replace(
     TOY,
